@@ -1,0 +1,57 @@
+"""The trunk contract: what every sequence architecture in lit_rl promises.
+
+A trunk maps features to features over time. It knows nothing of reinforcement learning,
+Lightning or TorchRL; torch and tensordict are enough to write one.
+
+Shapes: B rows (environments or windows), T time steps, F input features, D output features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+
+class Trunk(nn.Module, ABC):
+    """Features in, features out, with a memory that resets where it is told to.
+
+    A subclass calls ``super().__init__(in_features, out_features)``. Its constructor is its
+    configuration schema: typed keyword arguments with defaults, `in_features` first and
+    positional, the shared words `d_model` and `n_layers` where they apply.
+
+    Two optional members are found by attribute: `auxiliary_loss`, a scalar tensor set by the last
+    forward pass (for example a load-balance loss) that the algorithm adds to its own loss, and
+    `attention_maps(x, state, is_init)`, a list of ``[B, T, T]`` maps for pictures.
+    """
+
+    auxiliary_loss: Tensor | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @abstractmethod
+    def initial_state(self, batch_size: int) -> TensorDict:
+        """Memory at the start of an episode: batch size ``[B]``, empty if the trunk is memoryless.
+
+        It stands on the device and in the dtype of the trunk's parameters.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        """One pass over T steps; acting is T = 1 through this same method.
+
+        Args:
+            x: features ``[B, T, F]``.
+            state: memory before the first step, ``[B]``, as `initial_state` or a former pass gave it.
+            is_init: bool ``[B, T]``; true where row b's memory is reset before it consumes ``x[b, t]``:
+                recurrent state, convolution window, attention cache and positions alike.
+
+        Returns:
+            ``y [B, T, D]`` and the memory after the last step, with the keys, shapes and dtypes of
+            `state`. Nothing received is changed in place. One pass over T steps equals T passes of
+            one step and any chunks in between, values and gradients, whatever `is_init` and `state`.
+        """
