@@ -1,0 +1,151 @@
+"""LSTM and GRU on torch's own kernels, with exact resets inside sequences and no loop over time steps.
+
+Both hold the torch module as `rnn`, so weights interchange with `nn.LSTM` and `nn.GRU`. Three ways lead to
+the same numbers: the cell where T = 1, one kernel call a layer where no reset stands inside the sequence, and
+the same call on stretched rows (see `lit_rl.trunks.resets`) where one does.
+
+Shapes: B rows, T time steps, K stretched steps, F input features, D = d_model.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from lit_rl.trunks.base import Trunk
+from lit_rl.trunks.resets import SATURATE, StretchedRows
+
+Weights = Sequence[Tensor]  # weight_ih [G*D, F], weight_hh [G*D, D], bias_ih [G*D], bias_hh [G*D]; G gates
+Memory = list[Tensor]  # one layer's memory, [B, D] each, h first
+
+
+class Recurrent(Trunk):
+    """What LSTM and GRU share: layers, state and the three ways through a sequence.
+
+    Weight matrices start orthogonal, biases at zero.
+    """
+
+    state_keys: ClassVar[tuple[str, ...]]
+
+    def __init__(self, in_features: int, rnn: nn.RNNBase) -> None:
+        super().__init__(in_features, out_features=rnn.hidden_size)
+        self.rnn = rnn
+        for name, parameter in rnn.named_parameters():
+            if name.startswith("weight"):
+                nn.init.orthogonal_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    @abstractmethod
+    def cell(self, x_BF: Tensor, memory: Memory, weights: Weights) -> Memory:
+        """One step of one layer."""
+
+    @abstractmethod
+    def scan(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
+        """All steps of one layer, without resets."""
+
+    @abstractmethod
+    def flag_weights(self, weights: Weights) -> Tensor:
+        """Input weights ``[G*D, 2]`` of the reset flag and the padding flag.
+
+        A reset makes the memory exactly zero. Padding keeps what `scan` returns of it; only h may change,
+        because h is read at the last real step.
+        """
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        shape = (batch_size, self.rnn.num_layers, self.rnn.hidden_size)
+        parameter = next(self.parameters())
+        return TensorDict(
+            {key: parameter.new_zeros(shape) for key in self.state_keys}, batch_size=[batch_size]
+        )
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        # Outside autocast: a memory rounded to bfloat16 at every step would drift, and one pass would round
+        # elsewhere than T passes of one, so that acting and learning disagreed.
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.to(next(self.parameters()).dtype)
+            entering = [state[key].to(y.dtype) for key in self.state_keys]
+            entering = [memory.masked_fill(is_init[:, :1, None], 0) for memory in entering]
+            y, leaving = self._layers(y, entering, is_init)
+        memory = {key: m.to(state[key].dtype) for key, m in zip(self.state_keys, leaving, strict=True)}
+        return y, TensorDict(memory, batch_size=state.batch_size, device=state.device)
+
+    def _layers(self, y: Tensor, entering: list[Tensor], is_init: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """All layers; `entering` and what leaves are the state's entries ``[B, n_layers, D]``."""
+        has_inner_resets = is_init.shape[1] > 1 and bool(is_init[:, 1:].any())
+        rows = StretchedRows.around_resets(is_init, y.dtype) if has_inner_resets else None
+        if rows is not None:
+            y = rows.stretch(y)
+        leaving: list[Memory] = []
+        for layer, weights in enumerate(self.rnn.all_weights):
+            y, memory = self._layer(y, [m[:, layer] for m in entering], weights, rows)
+            leaving.append(memory)
+        if rows is not None:
+            y = rows.real_steps(y)
+        return y, [torch.stack(of_layers, dim=1) for of_layers in zip(*leaving, strict=True)]
+
+    def _layer(
+        self, x_BKF: Tensor, memory: Memory, weights: Weights, rows: StretchedRows | None
+    ) -> tuple[Tensor, Memory]:
+        if x_BKF.shape[1] == 1:  # acting: the cell costs less than half of a kernel made for sequences
+            memory = self.cell(x_BKF[:, 0], memory, weights)
+            return memory[0][:, None], memory
+        if rows is None:
+            return self.scan(x_BKF, memory, weights)
+        weight_ih, *others = weights
+        weight_ih = torch.cat([weight_ih, self.flag_weights(weights)], dim=1)
+        y_BKD, (_, *rest) = self.scan(rows.with_flags(x_BKF), memory, [weight_ih, *others])
+        return y_BKD, [rows.last_real_step(y_BKD), *rest]
+
+
+class LSTM(Recurrent):
+    """`nn.LSTM`: gates i, f, g, o (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000)."""
+
+    state_keys = ("h", "c")
+
+    def __init__(self, in_features: int, *, d_model: int = 128, n_layers: int = 1) -> None:
+        super().__init__(in_features, nn.LSTM(in_features, d_model, n_layers, batch_first=True))
+
+    def cell(self, x_BF: Tensor, memory: Memory, weights: Weights) -> Memory:
+        return list(torch.lstm_cell(x_BF, memory, *weights))
+
+    def scan(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
+        entering = [m[None] for m in memory]
+        y, h, c = torch.lstm(x_BTF, entering, weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
+        return y, [h[0], c[0]]
+
+    def flag_weights(self, weights: Weights) -> Tensor:
+        D = self.out_features
+        columns = weights[0].new_zeros(4 * D, 2)
+        columns[: 2 * D, 0] = -SATURATE  # reset: i = f = 0, so c = 0 and h = o * tanh(0) = 0
+        columns[:D, 1] = -SATURATE  # padding: i = 0
+        columns[D : 2 * D, 1] = SATURATE  # and f = 1, so c stays as it is
+        return columns
+
+
+class GRU(Recurrent):
+    """`nn.GRU`: gates r, z, n (Cho et al. 2014, with the reset gate after the matrix product as in cuDNN)."""
+
+    state_keys = ("h",)
+
+    def __init__(self, in_features: int, *, d_model: int = 128, n_layers: int = 1) -> None:
+        super().__init__(in_features, nn.GRU(in_features, d_model, n_layers, batch_first=True))
+
+    def cell(self, x_BF: Tensor, memory: Memory, weights: Weights) -> Memory:
+        return [torch.gru_cell(x_BF, memory[0], *weights)]
+
+    def scan(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
+        y, h = torch.gru(x_BTF, memory[0][None], weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
+        return y, [h[0]]
+
+    def flag_weights(self, weights: Weights) -> Tensor:
+        D = self.out_features
+        _, _, bias_ih, _ = weights
+        shut = bias_ih.new_full((2 * D,), -SATURATE)
+        reset = torch.cat([shut, -bias_ih[2 * D :]])  # r = z = 0 and n = tanh(0), so h = 0
+        return torch.stack([reset, torch.zeros_like(reset)], dim=1)  # padding: any h will do, none is read
