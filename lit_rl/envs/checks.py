@@ -1,0 +1,84 @@
+"""What a configuration may ask for: each refusal is one line with the way out."""
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from lit_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_rl.envs.config import EnvConfig
+
+
+def check_config(config: "EnvConfig", num_envs: int) -> None:
+    """Refuse values that no environment could take."""
+    least = {"num_envs": 1, "frame_stack": 1, "reward_delay": 0, "observation_noise": 0.0, "time_limit": 1}
+    values = {name: getattr(config, name) for name in least} | {"num_envs": num_envs}
+    for name, bound in least.items():
+        if values[name] is not None and not values[name] >= bound:  # not >=: NaN is refused, too
+            raise UserError(f"env.{name} is {values[name]}, but must be at least {bound}: raise it")
+    if config.backend not in ("gymnasium", "envpool"):
+        raise UserError(f"env.backend is {config.backend!r}: choose gymnasium or envpool")
+    if config.vectorization not in ("sync", "async"):
+        raise UserError(f"env.vectorization is {config.vectorization!r}: choose sync or async")
+    if config.view_size is not None and not is_minigrid(config.id):
+        raise UserError(f"env.view_size is for MiniGrid, not {config.id}: remove it")
+    if config.backend == "envpool" and config.wrappers:
+        raise UserError(
+            "env.wrappers wrap single gymnasium environments, which EnvPool does not have: "
+            "remove them or choose env.backend: gymnasium"
+        )
+    if config.backend == "envpool" and config.vectorization == "async":
+        raise UserError(
+            "env.vectorization: async is for the gymnasium backend, EnvPool has its own threads: remove it"
+        )
+
+
+def is_minigrid(env_id: str) -> bool:
+    """Whether the id names an environment of the `minigrid` package."""
+    return env_id.startswith(("MiniGrid-", "BabyAI-"))
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether the id names an environment of the `ale_py` package."""
+    return env_id.startswith("ALE/")
+
+
+def unknown_id(env_id: str, known: Iterable[str], backend: str) -> UserError:
+    """The refusal of an id that the backend does not know, with the close matches."""
+    close = difflib.get_close_matches(env_id, list(known), n=3, cutoff=0.6)
+    hint = (
+        f"did you mean {', '.join(close)}?" if close else "check the spelling and which package registers it"
+    )
+    return UserError(f"unknown environment {env_id!r} (backend {backend}): {hint}")
+
+
+def check_spaces(env_id: str, observation: gym.Space, action: gym.Space) -> None:
+    """Refuse spaces that encoders and heads have no form for."""
+    leaves = observation.spaces if isinstance(observation, spaces.Dict) else {"": observation}
+    for key, space in leaves.items():
+        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise _unsupported(
+                env_id, "observation", key, space, "Box, Discrete, MultiDiscrete, MultiBinary, Dict of these"
+            )
+        if isinstance(space, spaces.Discrete) and space.start != 0:
+            raise _unsupported(env_id, "observation", key, space, "Discrete from 0")
+    if isinstance(action, spaces.Box) and np.issubdtype(action.dtype, np.floating):
+        return
+    if isinstance(action, spaces.MultiDiscrete) and action.nvec.ndim == 1 and not action.start.any():
+        return
+    if not isinstance(action, spaces.Discrete):
+        raise _unsupported(env_id, "action", "", action, "Discrete, flat MultiDiscrete from 0, floating Box")
+
+
+def _unsupported(env_id: str, kind: str, key: str, space: gym.Space, supported: str) -> UserError:
+    where = f"{kind} space {key!r}" if key else f"{kind} space"
+    shown = " ".join(str(space).split())[:120]
+    return UserError(
+        f"{env_id}: unsupported {where}: {type(space).__name__} {shown}; supported: {supported}. "
+        "Convert it with a wrapper in env.wrappers (gymnasium backend)"
+    )
