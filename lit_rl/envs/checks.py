@@ -27,6 +27,10 @@ def check_config(config: "EnvConfig", num_envs: int) -> None:
         raise UserError(f"env.vectorization is {config.vectorization!r}: choose sync or async")
     if config.view_size is not None and not is_minigrid(config.id):
         raise UserError(f"env.view_size is for MiniGrid, not {config.id}: remove it")
+    if is_minigrid(config.id) and "agent_view_size" in config.kwargs:
+        raise UserError(
+            "env.kwargs.agent_view_size is not the same on all backends: use env.view_size (3, 5, 7)"
+        )
     if config.backend == "envpool" and config.wrappers:
         raise UserError(
             "env.wrappers wrap single gymnasium environments, which EnvPool does not have: "
@@ -36,6 +40,12 @@ def check_config(config: "EnvConfig", num_envs: int) -> None:
         raise UserError(
             "env.vectorization: async is for the gymnasium backend, EnvPool has its own threads: remove it"
         )
+
+
+def cause_of(exc: Exception) -> str:
+    """Type and message of an exception on one line, cut where an extension module writes a page."""
+    text = " ".join(f"{type(exc).__name__}: {exc}".split())
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def is_minigrid(env_id: str) -> bool:

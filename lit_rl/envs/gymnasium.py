@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from lit_rl.envs.checks import is_atari, is_minigrid, unknown_id
+from lit_rl.envs.checks import cause_of, is_atari, is_minigrid, unknown_id
 from lit_rl.envs.minigrid import SymbolicView
 from lit_rl.envs.vector import GuardedEnv, SameStepVectorEnv
 from lit_rl.errors import UserError
@@ -43,9 +43,8 @@ def make_row(config: "EnvConfig", render_mode: str | None) -> gym.Env:
     except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound) as exc:
         raise unknown_id(config.id, gym.registry, "gymnasium") from exc
     except Exception as exc:
-        cause = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise UserError(
-            f"{config.id} cannot be made ({cause}): check env.kwargs and what the id needs"
+            f"{config.id} cannot be made ({cause_of(exc)}): check env.kwargs and what the id needs"
         ) from exc
     return env
 
@@ -107,5 +106,6 @@ def _apply_wrapper(env: gym.Env, wrapper: str | dict[str, Any]) -> gym.Env:
     try:
         return wrapper_class(env, **spec.get("init_args", {}))
     except Exception as exc:
-        cause = " ".join(f"{type(exc).__name__}: {exc}".split())
-        raise UserError(f"env.wrappers: {spec['class_path']} refuses ({cause}): check its init_args") from exc
+        raise UserError(
+            f"env.wrappers: {spec['class_path']} refuses ({cause_of(exc)}): check its init_args"
+        ) from exc

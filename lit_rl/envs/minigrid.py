@@ -36,7 +36,7 @@ class SymbolicView(gym.ObservationWrapper):
 
 
 class MiniGridView(ObservationTransform):
-    """Crops the 7 x 7 view, and tells success: the episode was terminated with a reward.
+    """Crops the 7 x 7 view, and tells success: the episode ended with a reward.
 
     The crop is not quite MiniGrid's own `agent_view_size`: what walls hide is worked out in the 7 x 7 view,
     where light may pass outside the crop, so the crop can show a cell that the smaller view leaves unseen.
@@ -57,6 +57,6 @@ class MiniGridView(ObservationTransform):
     def step(self, actions: Any) -> StepResult:
         obs, reward, terminated, truncated, info = super().step(actions)
         if info:
-            success = np.where(terminated | truncated, terminated & (reward > 0), np.nan)
+            success = np.where(terminated | truncated, reward > 0, np.nan)
             info = {**info, "success": success}
         return obs, reward, terminated, truncated, info

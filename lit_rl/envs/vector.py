@@ -8,7 +8,8 @@ Every environment that `EnvConfig.make` returns is a `gymnasium.vector.VectorEnv
 - A row that ends is reset within the same step: its `obs` is the first observation of the next episode, and
   no step is ever spent on a reset.
 - `info` is empty (falsy) unless a row ended, `terminated | truncated`. Then it holds
-    - `info["final_obs"]`: the last observations of the ended episodes, in the form of `obs`. Only the ended rows mean something;
+    - `info["final_obs"]`: the last observations of the ended episodes, in the form of `obs`, all N rows; only
+      the ended rows mean something;
     - `info["success"]`: float [N], 1 or 0 for the ended rows whose environment tells it, else NaN. The key is
       absent when no ended row tells.
 - `obs` is an array [N, ...], or a dict of such arrays for `Dict` spaces. Floating observations are float32;
@@ -23,6 +24,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from lit_rl.envs.checks import cause_of
 from lit_rl.errors import UserError
 
 Obs = Any  # array [N, ...], or dict of such arrays
@@ -80,24 +82,23 @@ class GuardedEnv(gym.Wrapper):
             raise env_fault(exc, self.env_id, f"environment {self.index}", "step", self.steps) from exc
         self.steps += 1
         if terminated or truncated:
-            return obs, reward, terminated, truncated, _success_of(info)
+            return obs, reward, terminated, truncated, success_of(info)
         return obs, reward, terminated, truncated, {}
 
 
 def env_fault(exc: Exception, env_id: str, where: str, call: str, steps: int) -> UserError:
     """The one line for an environment that raised in `call` after `steps` steps."""
-    cause = " ".join(f"{type(exc).__name__}: {exc}".split())
     return UserError(
-        f"{env_id}: {where} raised in {call}() after {steps} steps ({cause}); "
+        f"{env_id}: {where} raised in {call}() after {steps} steps ({cause_of(exc)}); "
         "the fault is in the environment or its options: fix it, then resume from the last checkpoint"
     )
 
 
-def _success_of(info: dict[str, Any]) -> dict[str, float]:
-    """`is_success` (Stable-Baselines3, Gymnasium-Robotics) or `success` (Meta-World, ManiSkill)."""
+def success_of(info: dict[str, Any]) -> dict[str, Any]:
+    """`is_success` (Stable-Baselines3, Gymnasium-Robotics) or `success` (Meta-World), if `info` has it."""
     for key in ("is_success", "success"):
         if key in info:
-            return {"success": float(info[key])}
+            return {"success": info[key]}
     return {}
 
 

@@ -221,7 +221,7 @@ class FrameStack(VectorWrapper):
             return spaces.MultiDiscrete(repeat(space.nvec), dtype=space.dtype)
         if isinstance(space, spaces.Discrete):
             return spaces.MultiDiscrete([space.n] * self._size)
-        return spaces.MultiBinary(repeat(np.empty(space.shape)).shape)
+        return spaces.MultiBinary(repeat(np.empty(space.shape or ())).shape)
 
 
 def _is_image(space: gym.Space) -> bool:
