@@ -41,7 +41,7 @@ class TrunkEntry:
 
 
 def normalise(package: str) -> str:
-    """The package name as pip compares it: lower case, runs of ``-``, ``_``, ``.`` are one ``-`` (PEP 503)."""
+    """The package name as pip compares it: lower case, a run of ``-_.`` is one ``-`` (PEP 503)."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 

@@ -10,7 +10,6 @@ Shapes: B rows, T time steps, K stretched steps, F input features, D = d_model.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from lit_rl.trunks.base import Trunk
 from lit_rl.trunks.resets import SATURATE, StretchedRows
 
-Weights = Sequence[Tensor]  # weight_ih [G*D, F], weight_hh [G*D, D], bias_ih [G*D], bias_hh [G*D]; G gates
+Weights = tuple[Tensor, ...]  # of G gates: weight_ih [G*D, F], weight_hh [G*D, D], bias_ih, bias_hh [G*D]
 Memory = list[Tensor]  # one layer's memory, [B, D] each, h first
 
 
@@ -75,6 +74,7 @@ class Recurrent(Trunk):
         memory = {key: m.to(state[key].dtype) for key, m in zip(self.state_keys, leaving, strict=True)}
         return y, TensorDict(memory, batch_size=state.batch_size, device=state.device)
 
+    @torch.compiler.disable  # compiling would unroll the kernels over time: minutes, for something slower
     def _layers(self, y: Tensor, entering: list[Tensor], is_init: Tensor) -> tuple[Tensor, list[Tensor]]:
         """All layers; `entering` and what leaves are the state's entries ``[B, n_layers, D]``."""
         has_inner_resets = is_init.shape[1] > 1 and bool(is_init[:, 1:].any())
@@ -83,7 +83,8 @@ class Recurrent(Trunk):
             y = rows.stretch(y)
         leaving: list[Memory] = []
         for layer, weights in enumerate(self.rnn.all_weights):
-            y, memory = self._layer(y, [m[:, layer] for m in entering], weights, rows)
+            memory = [m[:, layer].contiguous() for m in entering]  # as cuDNN wants it
+            y, memory = self._layer(y, memory, tuple(weights), rows)
             leaving.append(memory)
         if rows is not None:
             y = rows.real_steps(y)
@@ -99,7 +100,7 @@ class Recurrent(Trunk):
             return self.scan(x_BKF, memory, weights)
         weight_ih, *others = weights
         weight_ih = torch.cat([weight_ih, self.flag_weights(weights)], dim=1)
-        y_BKD, (_, *rest) = self.scan(rows.with_flags(x_BKF), memory, [weight_ih, *others])
+        y_BKD, (_, *rest) = self.scan(rows.with_flags(x_BKF), memory, (weight_ih, *others))
         return y_BKD, [rows.last_real_step(y_BKD), *rest]
 
 
