@@ -1,0 +1,142 @@
+"""What every algorithm shares: an agent, a count of environment frames, evaluation, whole checkpoints."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import nn
+
+from lit_rl.errors import UserError
+from lit_rl.evaluation import Episode, summarize
+from lit_rl.models.agent import ActorCritic
+
+
+class LitAgent(L.LightningModule):
+    """A LightningModule with an agent, whose clock is the number of environment frames.
+
+    `frames` counts the frames of all processes; budgets, schedules and the x axis of every plot are in
+    frames (Lightning's `global_step` counts optimizer steps). Training stops when `total_frames` is
+    reached. Random states, frames and what the agent was built for are part of the checkpoint.
+    """
+
+    agent: ActorCritic
+
+    def __init__(self, total_frames: int) -> None:
+        super().__init__()
+        if total_frames < 1:
+            raise UserError(f"total_frames is {total_frames}: it must be at least 1")
+        self.total_frames = total_frames
+        self.frames = 0
+        self.automatic_optimization = False
+        self._episodes: list[Episode] = []
+        self._random_state: list[Any] | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the frame budget that is spent, 0 to 1."""
+        return min(self.frames / self.total_frames, 1.0)
+
+    def log_frames(self, metrics: dict[str, float]) -> None:
+        """One record at the current frame count in every logger."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.frames)
+
+    def on_train_start(self) -> None:
+        if self._random_state is not None:
+            set_random_state(self._random_state[self.global_rank % len(self._random_state)])
+            self._random_state = None
+
+    # ------------------------------------------------------------------ evaluation: a batch is an episode
+
+    def validation_step(self, episode: Episode, batch_idx: int) -> None:
+        self._episodes.append(episode)
+
+    def test_step(self, episode: Episode, batch_idx: int) -> None:
+        self._episodes.append(episode)
+
+    def predict_step(self, episode: Episode, batch_idx: int) -> TensorDict | None:
+        """The episode's steps, a TensorDict ``[L]``."""
+        return episode.steps
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        summary = summarize(gather_list(self._episodes))
+        self._episodes = []
+        metrics = {f"{stage}/{key}": value for key, value in summary.items()}
+        # `self.log` serves callbacks (ModelCheckpoint's monitor); the loggers get frames as x axis.
+        self.log_dict(metrics, logger=False)
+        self.log_frames(metrics)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["frames"] = self.frames
+        checkpoint["random_state"] = gather_list([random_state()])
+        checkpoint["trunk"] = trunk_name(self.agent)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores frames and random states; raises `UserError` where the checkpoint is of another agent."""
+        saved = {key: value.shape for key, value in checkpoint["state_dict"].items()}
+        mine = {key: value.shape for key, value in self.state_dict().items()}
+        if saved != mine:
+            different = sorted(key for key in saved.keys() | mine.keys() if saved.get(key) != mine.get(key))
+            key = different[0]
+            raise UserError(
+                f"the checkpoint does not fit: it holds trunk {checkpoint.get('trunk')}, this run builds "
+                f"{trunk_name(self.agent)}; {len(different)} tensors differ, first {key} (checkpoint "
+                f"{_shape(saved.get(key))}, run {_shape(mine.get(key))}): use the trunk, its options and an "
+                "environment with the spaces of the run that made it"
+            )
+        self.frames = checkpoint.get("frames", 0)
+        self._random_state = checkpoint.get("random_state")
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "has none" if shape is None else str(list(shape))
+
+
+def trunk_name(agent: nn.Module) -> str:
+    trunk = type(agent.trunk)
+    return f"{trunk.__module__}.{trunk.__qualname__}"
+
+
+def gather_list(mine: list[Any]) -> list[Any]:
+    """The lists of all ranks, in order of rank, as one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mine
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return [item for part in lists for item in part]
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, numpy's and torch's random states, of types that a checkpoint may hold."""
+    version, internal, gauss = random.getstate()
+    name, key, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, key, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, key.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])

@@ -1,0 +1,348 @@
+"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) over any trunk.
+
+One update reads from top to bottom in `LitPPO.training_step`.
+
+Shapes: E environments; N sequences of T steps a rollout, M of them a minibatch. Where every step stands
+alone (a memoryless trunk), each is a sequence of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import keys
+from lit_rl.algorithms.base import LitAgent
+from lit_rl.data import RolloutDataModule
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError
+from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
+from lit_rl.models.agent import ActorCritic, TrunkFactory
+from lit_rl.models.normalization import RewardScale, reduce_sum
+from lit_rl.returns import discounted_return, explained_variance, generalized_advantage
+from lit_rl.trunks import MLP
+
+EPISODE_STATISTICS = (keys.EPISODE_RETURN, keys.EPISODE_LENGTH, keys.EPISODE_SUCCESS)
+LEARNT_FROM = (
+    keys.OBSERVATION,
+    keys.ACTION,
+    keys.LOG_PROB,
+    keys.VALUE,
+    keys.IS_INIT,
+    keys.ADVANTAGE,
+    keys.VALUE_TARGET,
+)
+
+
+class LitPPO(LitAgent):
+    """PPO with clipped surrogate, GAE and exact memory.
+
+    Minibatches are made of whole sequences, each replayed from the trunk state that the rollout had at
+    its start, with the resets inside it: at the first minibatch of the first epoch every ratio is 1.
+
+    Args:
+        env: the environment, for its spaces.
+        trunk: the architecture (makes a trunk for a number of input features); `mlp` if absent.
+        total_frames: environment frames to train for.
+        num_epochs: passes over each rollout.
+        num_minibatches: optimizer steps a pass.
+        gamma: discount.
+        gae_lambda: lambda of GAE.
+        clip: epsilon of the clipped surrogate.
+        clip_final: clip at the end of training, reached linearly; `clip` if absent.
+        value_clip: how far a value may move in one update; unlimited if absent.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+        entropy_coef_final: the weight at the end of training, reached linearly; `entropy_coef` if absent.
+        normalize_advantage: to mean 0 and standard deviation 1 in each minibatch (over all processes).
+        max_grad_norm: the gradient's norm is clipped to this.
+        target_kl: no further epoch once the approximate KL exceeds this.
+        lr: Adam's learning rate.
+        trunk_lr: that of the trunk's parameters; `lr` if absent.
+        anneal_lr: learning rates fall linearly to 0.
+        value_trunk: whether policy and value share encoder and trunk.
+        encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        normalize_observation: by running mean and standard deviation.
+        normalize_reward: divide by the running standard deviation of the discounted return.
+        squash: tanh-squash continuous actions to their bounds; clip them if not.
+        log_std: initial log standard deviation of continuous actions.
+
+    Raises:
+        UserError: unsupported spaces, sizes that do not divide, losses that are not finite.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        trunk: TrunkFactory | None = None,
+        *,
+        total_frames: int = 500_000,
+        num_epochs: int = 4,
+        num_minibatches: int = 4,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip: float = 0.2,
+        clip_final: float | None = None,
+        value_clip: float | None = None,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.01,
+        entropy_coef_final: float | None = None,
+        normalize_advantage: bool = True,
+        max_grad_norm: float = 0.5,
+        target_kl: float | None = None,
+        lr: float = 2.5e-4,
+        trunk_lr: float | None = None,
+        anneal_lr: bool = True,
+        value_trunk: Literal["shared", "separate"] = "shared",
+        encoder_width: int | None = None,
+        normalize_observation: bool = False,
+        normalize_reward: bool = False,
+        squash: bool = False,
+        log_std: float = 0.0,
+    ) -> None:
+        super().__init__(total_frames)
+        for name, count in (("num_epochs", num_epochs), ("num_minibatches", num_minibatches)):
+            if count < 1:
+                raise UserError(f"{name} is {count}: it must be at least 1")
+        observation_space, action_space = env.spaces()
+        self.agent = ActorCritic(
+            observation_space,
+            action_space,
+            trunk or MLP,
+            value_trunk=value_trunk,
+            encoder_width=encoder_width,
+            normalize_observation=normalize_observation,
+            squash=squash,
+            log_std=log_std,
+        )
+        self.num_epochs = num_epochs
+        self.num_minibatches = num_minibatches
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.clip = (clip, clip if clip_final is None else clip_final)
+        self.value_clip = value_clip
+        self.value_coef = value_coef
+        self.entropy_coef = (entropy_coef, entropy_coef if entropy_coef_final is None else entropy_coef_final)
+        self.normalize_advantage = normalize_advantage
+        self.max_grad_norm = max_grad_norm
+        self.target_kl = target_kl
+        self.lr = lr
+        self.trunk_lr = lr if trunk_lr is None else trunk_lr
+        self.anneal_lr = anneal_lr
+        self.reward_scale = RewardScale() if normalize_reward else None
+        self._return_carry: Tensor | None = None
+        self.recent_returns: deque[float] = deque(maxlen=100)
+        self._ready_at = time.perf_counter()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trunk = [p for module in self.agent.trunks() for p in module.parameters()]
+        in_trunk = set(map(id, trunk))
+        rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
+        groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
+        return torch.optim.Adam(groups, eps=1e-5, fused=True)
+
+    def check_data(self, data: RolloutDataModule) -> None:
+        """Raises `UserError` where the rollouts of `data` do not divide into minibatches."""
+        frames = data.env.num_envs * data.rollout_length
+        length = 1 if self.agent.is_memoryless else data.sequence_length or data.rollout_length
+        if (frames // length) % self.num_minibatches:
+            unit = "steps" if length == 1 else f"sequences of {length} steps"
+            raise UserError(
+                f"a rollout of {data.env.num_envs} x {data.rollout_length} steps is {frames // length} {unit}; they "
+                f"do not divide into {self.num_minibatches} minibatches: change num_minibatches, env.num_envs, "
+                "rollout_length or sequence_length"
+            )
+
+    def on_fit_start(self) -> None:
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self.trainer.precision == "16-mixed":
+            raise UserError(
+                "precision 16-mixed needs loss scaling, which LitPPO does without: use bf16-mixed or 32-true"
+            )
+
+    def on_train_epoch_start(self) -> None:
+        self._ready_at = time.perf_counter()
+
+    # ------------------------------------------------------------------ one update
+
+    def training_step(self, rollout: TensorDict, batch_idx: int) -> None:
+        learning_from = time.perf_counter()
+        steps_ET = rollout[keys.STEPS]
+        schedule = self._apply_schedules()
+        self.frames += steps_ET.numel() * self.trainer.world_size
+
+        self._add_advantages(steps_ET)
+        steps_NT, state_N = self._sequences(steps_ET.select(*LEARNT_FROM), rollout[keys.TRUNK_STATE])
+        metrics = self._learn(steps_NT, state_N, **schedule)
+        # Only now: a rollout and its update must see the same features.
+        self.agent.update_normalization(steps_ET[keys.OBSERVATION])
+
+        self._log_rollout(steps_ET, metrics, learning_from)
+        if self.frames >= self.total_frames:
+            self.trainer.should_stop = True
+
+    def _apply_schedules(self) -> dict[str, float]:
+        """Sets learning rates for the share of the budget spent; returns the scheduled coefficients."""
+        spent = self.progress
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for group, lr in zip(optimizer.param_groups, (self.lr, self.trunk_lr), strict=True):  # type: ignore[union-attr]
+            group["lr"] = lr * (1 - spent) if self.anneal_lr else lr
+        (clip, clip_final), (entropy, entropy_final) = self.clip, self.entropy_coef
+        return {
+            "clip": clip + (clip_final - clip) * spent,
+            "entropy_coef": entropy + (entropy_final - entropy) * spent,
+        }
+
+    def _add_advantages(self, steps_ET: TensorDict) -> None:
+        """Adds advantage and value target ``[E, T]``, from rewards scaled where that is asked for."""
+        reward = steps_ET[keys.REWARD]
+        terminated, truncated = steps_ET[keys.TERMINATED], steps_ET[keys.TRUNCATED]
+        if self.reward_scale is not None:
+            carry = torch.zeros_like(reward[:, 0]) if self._return_carry is None else self._return_carry
+            sums, self._return_carry = discounted_return(
+                reward, terminated | truncated, carry, gamma=self.gamma
+            )
+            self.reward_scale.update(sums)
+            reward = self.reward_scale(reward)
+        steps_ET[keys.ADVANTAGE], steps_ET[keys.VALUE_TARGET] = generalized_advantage(
+            reward,
+            steps_ET[keys.VALUE],
+            steps_ET[keys.NEXT_VALUE],
+            terminated,
+            truncated,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+
+    def _sequences(self, steps_ET: TensorDict, state_EK: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """What minibatches are drawn from: steps ``[N, T]`` and the trunk state ``[N]`` at their start."""
+        frames = steps_ET.numel()
+        if self.agent.is_memoryless:
+            return steps_ET.reshape(frames, 1), self.agent.initial_state(frames)
+        N = state_EK.numel()
+        return steps_ET.reshape(N, frames // N), state_EK.reshape(N)
+
+    def _learn(
+        self, steps_NT: TensorDict, state_N: TensorDict, clip: float, entropy_coef: float
+    ) -> dict[str, float]:
+        """Epochs of minibatches; returns the means of what was measured, over all minibatches."""
+        N = len(steps_NT)
+        optimizer = self.optimizers()
+        history: list[Tensor] = []
+        for _epoch in range(self.num_epochs):
+            order = torch.randperm(N, device=steps_NT.device)
+            minibatches = zip(
+                steps_NT[order].split(N // self.num_minibatches),
+                state_N[order].split(N // self.num_minibatches),
+                strict=True,
+            )
+            kl = []
+            for steps_MT, state_M in minibatches:
+                loss, measured = self._loss(steps_MT, state_M, clip, entropy_coef)
+                self.manual_backward(loss)
+                grad_norm = torch.nn.utils.clip_grad_norm_(self.agent.parameters(), self.max_grad_norm)
+                if not grad_norm.isfinite():
+                    raise UserError(self._not_finite(loss, measured))
+                optimizer.step()  # type: ignore[union-attr]
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                kl.append(measured["approx_kl"])
+                history.append(torch.stack([*measured.values(), grad_norm]).detach())
+            if (
+                self.target_kl is not None
+                and reduce_sum(torch.stack(kl).mean()) > self.target_kl * self.trainer.world_size
+            ):
+                break
+        names = [*measured, "grad_norm"]
+        metrics = dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True))
+        first = names.index("ratio_deviation")
+        return metrics | {"first_ratio_deviation": history[0][first].item()}
+
+    def _loss(
+        self, steps_MT: TensorDict, state_M: TensorDict, clip: float, entropy_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one minibatch and, detached, what is worth watching."""
+        params, value, _ = self.agent(steps_MT[keys.OBSERVATION], state_M, steps_MT[keys.IS_INIT])
+        log_prob = self.agent.policy.log_prob(params, steps_MT[keys.ACTION])
+        entropy = self.agent.policy.entropy(params).mean()
+
+        advantage = steps_MT[keys.ADVANTAGE]
+        if self.normalize_advantage:
+            advantage = normalized(advantage)
+
+        log_ratio = log_prob - steps_MT[keys.LOG_PROB]
+        ratio = log_ratio.exp()
+        # Schulman et al. 2017, eq. 9, as a loss.
+        policy_loss = clipped_surrogate(ratio, advantage, clip)
+        critic_loss = value_loss(value, steps_MT[keys.VALUE_TARGET], steps_MT[keys.VALUE], self.value_clip)
+        loss = policy_loss + self.value_coef * critic_loss - entropy_coef * entropy
+
+        auxiliary = self.agent.auxiliary_loss()
+        if auxiliary is not None:
+            loss = loss + auxiliary
+        with torch.no_grad():
+            measured = {
+                "policy_loss": policy_loss,
+                "value_loss": critic_loss,
+                "entropy": entropy,
+                "approx_kl": approx_kl(log_ratio),
+                "clip_fraction": clip_fraction(ratio, clip),
+                "ratio_deviation": (ratio - 1).abs().max(),
+            }
+        if auxiliary is not None:
+            measured["auxiliary_loss"] = auxiliary
+        return loss, {key: value.detach() for key, value in measured.items()}
+
+    def _not_finite(self, loss: Tensor, measured: dict[str, Tensor]) -> str:
+        bad = [key for key, value in measured.items() if not value.isfinite()]
+        where = (
+            ", ".join(bad) if bad else "the gradient (of a finite loss)" if loss.isfinite() else "the loss"
+        )
+        return (
+            f"{where} is not finite at {self.frames} frames; this optimizer step was not taken and the last "
+            "checkpoint is whole: lower the learning rate, or normalise observations and rewards"
+        )
+
+    # ------------------------------------------------------------------ what a rollout tells
+
+    def _log_rollout(self, steps_ET: TensorDict, metrics: dict[str, float], learning_from: float) -> None:
+        now = time.perf_counter()
+        frames = steps_ET.numel() * self.trainer.world_size
+        collecting, learning = learning_from - self._ready_at, now - learning_from
+        record = {f"train/{key}": value for key, value in metrics.items() if key != "ratio_deviation"}
+        record["train/explained_variance"] = explained_variance(
+            steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
+        ).item()
+        for name, group in zip(
+            ("lr", "trunk_lr"), self.optimizers(use_pl_optimizer=False).param_groups, strict=True
+        ):  # type: ignore[union-attr]
+            record[f"train/{name}"] = group["lr"]
+        record |= self._finished_episodes(steps_ET)
+        record["speed/steps_per_second"] = frames / (collecting + learning)
+        record["speed/collect_steps_per_second"] = frames / collecting
+        record["speed/learn_steps_per_second"] = frames / learning
+        self.log_frames(record)
+        self._ready_at = time.perf_counter()
+
+    def _finished_episodes(self, steps_ET: TensorDict) -> dict[str, float]:
+        """Means over the episodes that ended in this rollout, over all processes; empty if none did."""
+        episodes = torch.stack([steps_ET[key] for key in EPISODE_STATISTICS], -1)
+        ended = steps_ET[keys.TERMINATED] | steps_ET[keys.TRUNCATED]
+        episodes = episodes[ended]
+        self.recent_returns.extend(episodes[:, 0].tolist())
+        told = episodes.isfinite()
+        sums, counts = reduce_sum(torch.stack([episodes.nan_to_num(0.0).sum(0), told.sum(0)]))
+        means = zip(EPISODE_STATISTICS, sums.tolist(), counts.tolist(), strict=True)
+        return {key.replace("_", "/", 1): total / n for key, total, n in means if n}
+
+
+def normalized(advantage: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the minibatches of all processes."""
+    count = reduce_sum(torch.tensor(float(advantage.numel()), device=advantage.device))
+    mean = reduce_sum(advantage.sum()) / count
+    variance = reduce_sum((advantage - mean).square().sum()) / count
+    return (advantage - mean) / (variance.sqrt() + 1e-8)

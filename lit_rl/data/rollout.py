@@ -1,0 +1,170 @@
+"""On-policy data: every training batch is a fresh rollout, every evaluation batch a whole episode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from tensordict import TensorDict
+
+from lit_rl.collectors import RolloutCollector
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError
+from lit_rl.evaluation import Episodes
+
+
+class RolloutLoader:
+    """An epoch of rollouts. It has a length, or Lightning would fetch one rollout ahead: a stale one."""
+
+    def __init__(self, collector: RolloutCollector, rollouts: int) -> None:
+        self.collector = collector
+        self.rollouts = rollouts
+
+    def __len__(self) -> int:
+        return self.rollouts
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        for _ in range(self.rollouts):
+            yield self.collector.rollout()
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Rollouts for training; whole episodes for validation, test and prediction.
+
+    The agent that acts is the LightningModule's (`trainer.lightning_module.agent`), under the Trainer's
+    precision. With several processes each has its own environments, seeded by rank.
+
+    Args:
+        env: the environment.
+        rollout_length: steps of each environment in a rollout.
+        sequence_length: steps of a training sequence, a divisor of `rollout_length`; all of it if absent.
+        frames_per_epoch: environment frames (over all processes) between evaluations and checkpoints.
+        episodes: how many an evaluation runs.
+        greedy: evaluate with the policy's mode; with samples otherwise.
+        seed: of training environments and actions.
+        evaluation_seed: of evaluation environments and actions.
+
+    Raises:
+        UserError: sizes are not positive or do not divide.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        *,
+        rollout_length: int = 128,
+        sequence_length: int | None = None,
+        frames_per_epoch: int = 20_000,
+        episodes: int = 10,
+        greedy: bool = True,
+        seed: int = 0,
+        evaluation_seed: int = 1_000_000,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("rollout_length", rollout_length),
+            ("frames_per_epoch", frames_per_epoch),
+            ("episodes", episodes),
+        ):
+            if value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if sequence_length is not None and (sequence_length < 1 or rollout_length % sequence_length):
+            raise UserError(
+                f"sequence_length {sequence_length} does not divide rollout_length {rollout_length}: "
+                "choose a divisor"
+            )
+        self.env = env
+        self.rollout_length = rollout_length
+        self.sequence_length = sequence_length
+        self.frames_per_epoch = frames_per_epoch
+        self.episodes = episodes
+        self.greedy = greedy
+        self.seed = seed
+        self.evaluation_seed = evaluation_seed
+        self.collector: RolloutCollector | None = None
+        self._collector_state: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> RolloutLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        rank, world_size = trainer.global_rank, trainer.world_size
+        self.collector = RolloutCollector(
+            self.env.make,
+            trainer.lightning_module.agent,
+            frames_per_batch=self.env.num_envs * self.rollout_length,
+            sequence_length=self.sequence_length,
+            # Rows take consecutive seeds: ranks start far enough apart not to share any.
+            seed=self.seed + 10_000 * rank,
+            context=trainer.precision_plugin.forward_context,
+        )
+        if self._collector_state is not None:
+            self.collector.load_state_dict(self._collector_state)
+            self._collector_state = None
+        frames = self.collector.frames_per_batch * world_size
+        return RolloutLoader(self.collector, max(1, self.frames_per_epoch // frames))
+
+    def val_dataloader(self) -> Episodes:
+        return self._episodes()
+
+    def test_dataloader(self) -> Episodes:
+        return self._episodes()
+
+    def predict_dataloader(self) -> Episodes:
+        return self._episodes(record=True)
+
+    def _episodes(self, *, record: bool = False) -> Episodes:
+        trainer = self.trainer
+        assert trainer is not None
+        share = -(-self.episodes // trainer.world_size)
+        return Episodes(
+            self.env.make(num_envs=min(share, 16)),
+            trainer.lightning_module.agent,
+            share,
+            greedy=self.greedy,
+            seed=self.evaluation_seed + 10_000 * trainer.global_rank,
+            record=record,
+            context=trainer.precision_plugin.forward_context,
+        )
+
+    def rendered_episodes(self, episodes: int = 1) -> Episodes:
+        """Episodes with pictures, one environment at a time, on the backend that can draw."""
+        trainer = self.trainer
+        assert trainer is not None
+        return Episodes(
+            replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array"),
+            trainer.lightning_module.agent,
+            episodes,
+            greedy=self.greedy,
+            seed=self.evaluation_seed,
+            render=True,
+            context=trainer.precision_plugin.forward_context,
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The collectors' random states and frame counts, one for each rank."""
+        if self.collector is None:
+            return {}
+        mine = dict(self.collector.state_dict())
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"collectors": [mine]}
+        collectors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(collectors, mine)
+        return {"collectors": collectors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        collectors = state_dict.get("collectors", [])
+        if self.trainer.global_rank < len(collectors):
+            self._collector_state = collectors[self.trainer.global_rank]
+
+    def teardown(self, stage: str) -> None:
+        if self.collector is not None:
+            self.collector.shutdown()
+            self.collector = None

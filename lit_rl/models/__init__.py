@@ -1,0 +1,1 @@
+"""Models: encoder (observation -> features), heads (features -> actions, values), the agent of both."""

@@ -1,0 +1,182 @@
+"""The agent: encoder -> trunk -> policy and value heads.
+
+Shapes: N sequences (environments or windows), T steps, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from torch import Generator, Tensor, nn
+
+from lit_rl.models.encoder import Encoder, Observation, is_continuous, orthogonal
+from lit_rl.models.heads import policy_head
+from lit_rl.models.normalization import ObservationNorm
+from lit_rl.trunks import Trunk
+
+TrunkFactory = Callable[[int], Trunk]
+
+
+class Action(NamedTuple):
+    """One acting step of N environments."""
+
+    action: Tensor
+    """As sampled, ``[N, *action_shape]``; `ActorCritic.to_env` gives the environment's form."""
+    log_prob: Tensor
+    """``[N]``"""
+    value: Tensor
+    """``[N]``"""
+    state: TensorDict
+    """Trunk state after this step, ``[N]``."""
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value function over any trunk.
+
+    `is_memoryless` tells whether every step stands alone, so that minibatches may split sequences.
+
+    Args:
+        observation_space, action_space: of a single environment.
+        trunk: makes a trunk for a number of input features.
+        value_trunk: `shared` reads the value off the policy's trunk; `separate` gives the value an
+            encoder and a trunk of its own.
+        encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        normalize_observation: running mean and variance of every continuous part of the observation.
+        squash: tanh-squash continuous actions to their bounds.
+        log_std: initial log standard deviation of continuous actions.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        trunk: TrunkFactory,
+        *,
+        value_trunk: Literal["shared", "separate"] = "shared",
+        encoder_width: int | None = None,
+        normalize_observation: bool = False,
+        squash: bool = False,
+        log_std: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.is_dict = isinstance(observation_space, spaces.Dict)
+        self.norms = nn.ModuleDict()
+        if normalize_observation:
+            parts = (
+                observation_space.spaces
+                if isinstance(observation_space, spaces.Dict)
+                else {"": observation_space}
+            )
+            shapes = {key: part.shape for key, part in parts.items() if is_continuous(part)}
+            # ModuleDict forbids the empty key and dots; a plain observation is called `observation`.
+            self.norms.update({key or "observation": ObservationNorm(shape) for key, shape in shapes.items()})  # type: ignore[arg-type]
+
+        self.encoder = Encoder(observation_space, encoder_width)
+        self.trunk = trunk(self.encoder.out_features)
+        self.value_encoder: Encoder | None = None
+        self.value_trunk: Trunk | None = None
+        if value_trunk == "separate":
+            self.value_encoder = Encoder(observation_space, encoder_width)
+            self.value_trunk = trunk(self.value_encoder.out_features)
+        self.is_memoryless: bool = all(t.initial_state(1).is_empty() for t in self.trunks())
+        self.policy = policy_head(self.trunk.out_features, action_space, squash=squash, log_std=log_std)
+        self.value_head = orthogonal(nn.Linear((self.value_trunk or self.trunk).out_features, 1), gain=1.0)
+
+    def trunks(self) -> Iterator[Trunk]:
+        yield self.trunk
+        if self.value_trunk is not None:
+            yield self.value_trunk
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        """Trunk state ``[N]`` at the start of an episode."""
+        state = self.trunk.initial_state(batch_size)
+        if self.value_trunk is None or self.is_memoryless:
+            return state
+        value_state = self.value_trunk.initial_state(batch_size)
+        return TensorDict({"policy": state, "value": value_state}, [batch_size])
+
+    def forward(
+        self, observation: Observation, state: TensorDict, is_init: Tensor
+    ) -> tuple[Tensor, Tensor, TensorDict]:
+        """Policy parameters ``[N, T, P]``, values ``[N, T]`` and the trunk state ``[N]`` after the last step.
+
+        Args:
+            observation: ``[N, T, ...]``, or a mapping of such for a Dict space.
+            state: trunk state ``[N]`` before the first step.
+            is_init: bool ``[N, T]``, first observation of an episode.
+        """
+        observation = self._normalize(observation)
+        if self.value_trunk is None or self.value_encoder is None:
+            policy_features, state = self.trunk(self.encoder(observation), state, is_init)
+            value_features = policy_features
+        else:
+            memory = (state, state) if self.is_memoryless else (state["policy"], state["value"])
+            policy_features, policy_state = self.trunk(self.encoder(observation), memory[0], is_init)
+            value_features, value_state = self.value_trunk(
+                self.value_encoder(observation), memory[1], is_init
+            )
+            if not self.is_memoryless:
+                state = TensorDict({"policy": policy_state, "value": value_state}, state.batch_size)
+        return *self._heads(policy_features, value_features), state
+
+    def _heads(self, policy_features: Tensor, value_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads run in float32 whatever the precision of the trunk: ratios need every digit."""
+        device = policy_features.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._heads(policy_features.float(), value_features.float())
+        return self.policy(policy_features), self.value_head(value_features).squeeze(-1)
+
+    @torch.no_grad()
+    def act(
+        self,
+        observation: Observation,
+        state: TensorDict,
+        is_init: Tensor,
+        *,
+        greedy: bool = False,
+        generator: Generator | None = None,
+    ) -> Action:
+        """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``."""
+        params, value, state = self(self._add_time(observation), state, is_init.unsqueeze(1))
+        params = params.squeeze(1)
+        action = self.policy.mode(params) if greedy else self.policy.sample(params, generator)
+        return Action(action, self.policy.log_prob(params, action), value.squeeze(1), state)
+
+    @torch.no_grad()
+    def value(self, observation: Observation, state: TensorDict, is_init: Tensor) -> Tensor:
+        """Values ``[N]`` of observations ``[N, ...]`` seen after `state`."""
+        return self(self._add_time(observation), state, is_init.unsqueeze(1))[1].squeeze(1)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """The action in the environment's own units."""
+        return self.policy.to_env(action)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The sum of what the trunks ask for beside the algorithm's loss; None if nothing."""
+        losses = [trunk.auxiliary_loss for trunk in self.trunks() if trunk.auxiliary_loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def update_normalization(self, observation: Observation) -> None:
+        """Merges observations ``[N, T, ...]`` into the running statistics."""
+        for key, norm in self.norms.items():
+            norm.update(observation[key] if self.is_dict else observation)  # type: ignore[operator]
+
+    def _normalize(self, observation: Observation) -> Observation:
+        if not self.norms:
+            return observation
+        if not self.is_dict:
+            return self.norms["observation"](observation)
+        return {
+            key: self.norms[key](observation[key]) if key in self.norms else observation[key]
+            for key in self.encoder.parts
+        }
+
+    def _add_time(self, observation: Observation) -> Observation:
+        if self.is_dict:
+            return {key: observation[key].unsqueeze(1) for key in self.encoder.parts}
+        return observation.unsqueeze(1)  # type: ignore[union-attr]

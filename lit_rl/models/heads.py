@@ -1,0 +1,175 @@
+"""Policy heads: features -> a distribution over actions, in plain tensor operations.
+
+torch.distributions validates and allocates at every call, which costs more than the network itself
+when acting one step at a time; the tests hold these heads to it as an oracle.
+
+Shapes: ``...`` any leading dimensions, D features, A action dimensions. An `action` is what was sampled;
+`to_env` makes of it what the environment takes (squashed or clipped to the bounds).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import log, pi
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Generator, Tensor, nn
+
+from lit_rl.errors import UserError
+from lit_rl.models.encoder import orthogonal
+
+
+class PolicyHead(nn.Module, ABC):
+    """A distribution over actions, described by one tensor of parameters ``[..., P]``."""
+
+    action_shape: tuple[int, ...]
+    action_dtype: torch.dtype
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Parameters ``[..., P]`` of features ``[..., D]``."""
+
+    @abstractmethod
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        """An action ``[..., *action_shape]`` drawn with the given random state."""
+
+    @abstractmethod
+    def mode(self, params: Tensor) -> Tensor:
+        """The greedy action ``[..., *action_shape]``."""
+
+    @abstractmethod
+    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+        """Log-probability (density) ``[...]`` of an action."""
+
+    @abstractmethod
+    def entropy(self, params: Tensor) -> Tensor:
+        """Entropy ``[...]`` in nats."""
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """The action in the environment's own units."""
+        return action
+
+
+class Categorical(PolicyHead):
+    """Independent categorical variables, one for Discrete. Parameters: log-probabilities."""
+
+    def __init__(self, features: int, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
+        super().__init__()
+        self.is_multi = isinstance(space, spaces.MultiDiscrete)
+        nvec = space.nvec.tolist() if isinstance(space, spaces.MultiDiscrete) else [int(space.n)]
+        if self.is_multi and np.ndim(space.nvec) != 1:  # type: ignore[union-attr]
+            raise UserError(
+                f"action space {space} is not supported: flatten it to one dimension with a wrapper"
+            )
+        self.sizes: list[int] = nvec
+        self.logits = orthogonal(nn.Linear(features, sum(nvec)), gain=0.01)
+        start = torch.as_tensor(space.start) if np.any(space.start) else None
+        self.register_buffer("start", start, persistent=False)
+        self.action_shape = (len(nvec),) if self.is_multi else ()
+        self.action_dtype = torch.int64
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.logits(features)
+        if not self.is_multi:
+            return F.log_softmax(logits, -1)
+        return torch.cat([F.log_softmax(part, -1) for part in logits.split(self.sizes, -1)], -1)
+
+    def _pick(self, scores: Tensor) -> Tensor:
+        if not self.is_multi:
+            return scores.argmax(-1)
+        return torch.stack([part.argmax(-1) for part in scores.split(self.sizes, -1)], -1)
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        # p / E with E ~ Exp(1) is largest at i with probability p_i (the race that torch.multinomial runs).
+        race = torch.empty_like(params).exponential_(generator=generator)
+        return self._pick(params - race.log_())
+
+    def mode(self, params: Tensor) -> Tensor:
+        return self._pick(params)
+
+    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+        if not self.is_multi:
+            return params.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        parts = zip(params.split(self.sizes, -1), action.unbind(-1), strict=True)
+        return sum(part.gather(-1, a.unsqueeze(-1)).squeeze(-1) for part, a in parts)  # type: ignore[return-value]
+
+    def entropy(self, params: Tensor) -> Tensor:
+        return -(params.exp() * params).sum(-1)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        return action if self.start is None else action + self.start
+
+
+class Gaussian(PolicyHead):
+    """A diagonal Gaussian with a learnable log std that does not depend on the state. Parameters: the mean.
+
+    With `squash`, actions are ``tanh`` of the Gaussian stretched to the bounds, the density corrected
+    (Haarnoja et al. 2018, arXiv 1801.01290, appendix C); without, they are clipped to the bounds on
+    their way into the environment.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, features: int, space: spaces.Box, *, squash: bool = False, log_std: float = 0.0
+    ) -> None:
+        super().__init__()
+        if len(space.shape) != 1:
+            raise UserError(
+                f"action space {space} is not supported: flatten it to one dimension with a wrapper"
+            )
+        if squash and not np.isfinite([space.low, space.high]).all():
+            raise UserError(f"action space {space} has no bounds to squash to: set squash to false")
+        self.squash = squash
+        self.mean = orthogonal(nn.Linear(features, space.shape[0]), gain=0.01)
+        self.log_std = nn.Parameter(torch.full((space.shape[0],), log_std))
+        self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32), persistent=False)
+        self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32), persistent=False)
+        self.action_shape = space.shape
+        self.action_dtype = torch.float32
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mean(features)
+
+    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+        noise = torch.empty_like(params).normal_(generator=generator)
+        return torch.addcmul(params, self.log_std.exp(), noise)
+
+    def mode(self, params: Tensor) -> Tensor:
+        return params
+
+    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+        z = (action - params) * (-self.log_std).exp()
+        log_prob = -0.5 * z.square().sum(-1) - (self.log_std + 0.5 * log(2 * pi)).sum()
+        return log_prob - self._log_stretch(action).sum(-1) if self.squash else log_prob
+
+    def entropy(self, params: Tensor) -> Tensor:
+        """Exact for the plain Gaussian; for the squashed one its one-sample estimate, differentiable."""
+        gaussian = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum().expand(params.shape[:-1])
+        return gaussian + self._log_stretch(self.sample(params)).sum(-1) if self.squash else gaussian
+
+    def _log_stretch(self, action: Tensor) -> Tensor:
+        """``log |d env_action / d action|``, with ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``."""
+        return 2 * (log(2) - action - F.softplus(-2 * action)) + (0.5 * (self.high - self.low)).log()
+
+    def to_env(self, action: Tensor) -> Tensor:
+        if self.squash:
+            return self.low + 0.5 * (action.tanh() + 1) * (self.high - self.low)
+        return action.clamp(self.low, self.high)
+
+
+def policy_head(
+    features: int, space: spaces.Space, *, squash: bool = False, log_std: float = 0.0
+) -> PolicyHead:
+    """The head that fits an action space; raises `UserError` for one that none fits."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return Categorical(features, space)
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+        return Categorical(features, spaces.MultiDiscrete([2] * space.shape[0]))
+    if isinstance(space, spaces.Box):
+        return Gaussian(features, space, squash=squash, log_std=log_std)
+    raise UserError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")

@@ -1,0 +1,71 @@
+"""Returns and advantages: pure functions of tensors. Shapes: N sequences, T steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def generalized_advantage(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """GAE(lambda) through episode borders (Schulman et al. 2016, arXiv 1506.02438, eq. 11 and 16).
+
+    A termination stops bootstrapping: the value after it is 0. A truncation does not: `next_value`
+    there is the value of the episode's true last observation. Either cuts the sum over deltas.
+
+    Args:
+        reward: ``[N, T]``.
+        value: of each observation, ``[N, T]``.
+        next_value: of the true next observation, ``[N, T]``.
+        terminated: bool ``[N, T]``.
+        truncated: bool ``[N, T]``.
+        gamma: discount.
+        gae_lambda: weight between the one-step (0) and the Monte-Carlo (1) advantage.
+
+    Returns:
+        advantage and value target (advantage + value), each ``[N, T]``.
+    """
+    delta = reward + gamma * next_value * ~terminated - value
+    carry_on = gamma * gae_lambda * ~(terminated | truncated)
+    advantage = torch.empty_like(delta)
+    running = torch.zeros_like(delta[:, 0])
+    deltas, weights = delta.unbind(1), carry_on.unbind(1)
+    for t in reversed(range(len(deltas))):
+        running = torch.addcmul(deltas[t], weights[t], running)
+        advantage[:, t] = running
+    return advantage, advantage + value
+
+
+def discounted_return(reward: Tensor, ended: Tensor, carry: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
+    """Running discounted sum of past rewards, restarted after each episode's end.
+
+    ``R_t = reward_t + gamma * R_{t-1}``, the quantity whose variance scales rewards (Engstrom et al. 2020,
+    arXiv 2005.12729, section 3).
+
+    Args:
+        reward: ``[N, T]``.
+        ended: bool ``[N, T]``, the step that closes an episode.
+        carry: ``[N]``, the sum that the former call left.
+        gamma: discount.
+
+    Returns:
+        the sums ``[N, T]`` and the carry ``[N]`` for the next call.
+    """
+    sums = torch.empty_like(reward)
+    for t in range(reward.shape[1]):
+        sums[:, t] = carry = reward[:, t] + gamma * carry
+        carry = carry * ~ended[:, t]
+    return sums, carry
+
+
+def explained_variance(value: Tensor, target: Tensor) -> Tensor:
+    """``1 - Var(target - value) / Var(target)``: 1 is a perfect critic, 0 a constant one; NaN if constant."""
+    return 1 - (target - value).var() / target.var()
