@@ -105,6 +105,11 @@ class RolloutCollector(BaseCollector):
         self._allocate()
         self._frames = 0
         self._steps = 0
+        self._current: Arrays  # observation of each environment, [E, ...]
+        self._is_init: np.ndarray  # whether it is the first of an episode
+        self._state: TensorDict  # trunk state before it
+        self._return: np.ndarray  # of each episode so far
+        self._length: np.ndarray
         self.set_seed(seed)
 
     def _allocate(self) -> None:

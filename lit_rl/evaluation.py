@@ -95,7 +95,7 @@ class Episodes:
             check_finite(observation, env, step_count)
             if self.render:
                 for row, picture in enumerate(env.render()):  # type: ignore[arg-type]
-                    frames[row].append(picture)
+                    frames[row].append(np.asarray(picture))
             with self.context():
                 step = agent.act(
                     to_tensor(observation, device),
@@ -117,10 +117,10 @@ class Episodes:
                     if ended.any()
                     else next_observation
                 )
-                for row in np.flatnonzero(left):
+                for row in map(int, np.flatnonzero(left)):
                     values = (observation, action, seen_next, reward, terminated, truncated, is_init)
                     steps[row].append(_record(row, *values))
-            for row in np.flatnonzero(ended):
+            for row in map(int, np.flatnonzero(ended)):
                 if left[row]:
                     success = float(info["success"][row]) if "success" in info else np.nan
                     yield Episode(

@@ -25,7 +25,7 @@ def value_loss(value: Tensor, target: Tensor, old_value: Tensor, clip: float | N
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:
-    """Unbiased estimate of KL(old || new), never negative: ``E[(r - 1) - log r]`` (Schulman 2020), a scalar."""
+    """Unbiased, non-negative estimate of KL(old || new), a scalar: ``E[(r - 1) - log r]`` (Schulman 2020)."""
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 

@@ -123,10 +123,16 @@ def gather_list(mine: list[Any]) -> list[Any]:
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's random states, of types that a checkpoint may hold."""
     version, internal, gauss = random.getstate()
-    name, key, position, has_gauss, cached = np.random.get_state()
+    name, key, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(key, np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

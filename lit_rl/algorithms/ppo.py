@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -146,6 +146,10 @@ class LitPPO(LitAgent):
         groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
         return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Those of the heads and encoder, and of the trunk."""
+        return self.trainer.optimizers[0].param_groups
+
     def check_data(self, data: RolloutDataModule) -> None:
         """Raises `UserError` where the rollouts of `data` do not divide into minibatches."""
         frames = data.env.num_envs * data.rollout_length
@@ -153,8 +157,8 @@ class LitPPO(LitAgent):
         if (frames // length) % self.num_minibatches:
             unit = "steps" if length == 1 else f"sequences of {length} steps"
             raise UserError(
-                f"a rollout of {data.env.num_envs} x {data.rollout_length} steps is {frames // length} {unit}; they "
-                f"do not divide into {self.num_minibatches} minibatches: change num_minibatches, env.num_envs, "
+                f"a rollout is {frames // length} {unit} ({data.env.num_envs} x {data.rollout_length}), which "
+                f"do not divide into {self.num_minibatches} minibatches: change num_minibatches, num_envs, "
                 "rollout_length or sequence_length"
             )
 
@@ -189,8 +193,7 @@ class LitPPO(LitAgent):
     def _apply_schedules(self) -> dict[str, float]:
         """Sets learning rates for the share of the budget spent; returns the scheduled coefficients."""
         spent = self.progress
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        for group, lr in zip(optimizer.param_groups, (self.lr, self.trunk_lr), strict=True):  # type: ignore[union-attr]
+        for group, lr in zip(self._parameter_groups(), (self.lr, self.trunk_lr), strict=True):
             group["lr"] = lr * (1 - spent) if self.anneal_lr else lr
         (clip, clip_final), (entropy, entropy_final) = self.clip, self.entropy_coef
         return {
@@ -317,9 +320,7 @@ class LitPPO(LitAgent):
         record["train/explained_variance"] = explained_variance(
             steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
         ).item()
-        for name, group in zip(
-            ("lr", "trunk_lr"), self.optimizers(use_pl_optimizer=False).param_groups, strict=True
-        ):  # type: ignore[union-attr]
+        for name, group in zip(("lr", "trunk_lr"), self._parameter_groups(), strict=True):  # type: ignore[union-attr]
             record[f"train/{name}"] = group["lr"]
         record |= self._finished_episodes(steps_ET)
         record["speed/steps_per_second"] = frames / (collecting + learning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 from lit_rl.evaluation import Episodes
+from lit_rl.models.agent import ActorCritic
 
 
 class RolloutLoader:
@@ -87,6 +88,11 @@ class RolloutDataModule(L.LightningDataModule):
         self.collector: RolloutCollector | None = None
         self._collector_state: dict[str, Any] | None = None
 
+    @property
+    def _agent(self) -> ActorCritic:
+        assert self.trainer is not None
+        return cast(ActorCritic, self.trainer.lightning_module.agent)
+
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> RolloutLoader:
@@ -95,7 +101,7 @@ class RolloutDataModule(L.LightningDataModule):
         rank, world_size = trainer.global_rank, trainer.world_size
         self.collector = RolloutCollector(
             self.env.make,
-            trainer.lightning_module.agent,
+            self._agent,
             frames_per_batch=self.env.num_envs * self.rollout_length,
             sequence_length=self.sequence_length,
             # Rows take consecutive seeds: ranks start far enough apart not to share any.
@@ -123,7 +129,7 @@ class RolloutDataModule(L.LightningDataModule):
         share = -(-self.episodes // trainer.world_size)
         return Episodes(
             self.env.make(num_envs=min(share, 16)),
-            trainer.lightning_module.agent,
+            self._agent,
             share,
             greedy=self.greedy,
             seed=self.evaluation_seed + 10_000 * trainer.global_rank,
@@ -137,7 +143,7 @@ class RolloutDataModule(L.LightningDataModule):
         assert trainer is not None
         return Episodes(
             replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array"),
-            trainer.lightning_module.agent,
+            self._agent,
             episodes,
             greedy=self.greedy,
             seed=self.evaluation_seed,

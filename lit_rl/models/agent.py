@@ -6,7 +6,7 @@ Shapes: N sequences (environments or windows), T steps, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from gymnasium import spaces
@@ -164,7 +164,7 @@ class ActorCritic(nn.Module):
     def update_normalization(self, observation: Observation) -> None:
         """Merges observations ``[N, T, ...]`` into the running statistics."""
         for key, norm in self.norms.items():
-            norm.update(observation[key] if self.is_dict else observation)  # type: ignore[operator]
+            cast(ObservationNorm, norm).update(observation[key] if self.is_dict else observation)
 
     def _normalize(self, observation: Observation) -> Observation:
         if not self.norms:
@@ -179,4 +179,4 @@ class ActorCritic(nn.Module):
     def _add_time(self, observation: Observation) -> Observation:
         if self.is_dict:
             return {key: observation[key].unsqueeze(1) for key in self.encoder.parts}
-        return observation.unsqueeze(1)  # type: ignore[union-attr]
+        return observation.unsqueeze(1)

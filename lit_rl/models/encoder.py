@@ -6,8 +6,8 @@ Dict space, a mapping of such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod, sqrt
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_rl.errors import UserError
 
-Observation = Tensor | Mapping[str, Tensor]
+Observation = Any  # a tensor, or a mapping of tensors for a Dict space
 
 
 def orthogonal(layer: nn.Module, gain: float = sqrt(2)) -> nn.Module:

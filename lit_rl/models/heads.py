@@ -56,6 +56,8 @@ class PolicyHead(nn.Module, ABC):
 class Categorical(PolicyHead):
     """Independent categorical variables, one for Discrete. Parameters: log-probabilities."""
 
+    start: Tensor | None
+
     def __init__(self, features: int, space: spaces.Discrete | spaces.MultiDiscrete) -> None:
         super().__init__()
         self.is_multi = isinstance(space, spaces.MultiDiscrete)
