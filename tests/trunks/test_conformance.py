@@ -1,0 +1,35 @@
+"""The built-in trunks keep the contract."""
+
+import pytest
+import torch
+
+from lit_rl.testing import TrunkConformance
+from lit_rl.trunks import GRU, LSTM, MLP
+
+torch.set_num_threads(1)
+
+
+class TestMLP(TrunkConformance):
+    trunk = MLP
+    options = ({}, {"d_model": 7, "n_layers": 1, "activation": "relu"}, {"activation": "gelu"})
+
+
+class TestLSTM(TrunkConformance):
+    trunk = LSTM
+    options = ({}, {"d_model": 7, "n_layers": 3})
+
+
+class TestGRU(TrunkConformance):
+    trunk = GRU
+    options = ({}, {"d_model": 7, "n_layers": 3})
+
+
+@pytest.mark.parametrize("trunk", [MLP, LSTM, GRU])
+def test_no_layers_is_an_error(trunk):
+    with pytest.raises(ValueError, match=r"n(um)?_layers must be"):
+        trunk(3, n_layers=0)
+
+
+def test_mlp_names_a_wrong_activation():
+    with pytest.raises(ValueError, match="tanh, relu, silu, gelu, not 'swish'"):
+        MLP(3, activation="swish")
