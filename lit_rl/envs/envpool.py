@@ -7,6 +7,7 @@ What differs from gymnasium and is put right here:
 - Its seed is 42 unless given, and can be given at construction only: none becomes a random one, and a seeded
   reset builds the pool again.
 - Atari: sticky actions, the start of the game and the frame stack are set as the ids `ALE/...-v5` have them.
+- Box2D: the smallest positive number stands where the lower bound should be minus infinity.
 - MiniGrid: a smaller `agent_view_size` crashes the process; `lit_rl.envs.minigrid` crops on every backend.
 - Rendering MuJoCo without OpenGL ends the process: rendering is refused.
 
@@ -16,6 +17,7 @@ What stays: an episode that terminates exactly at its time limit is reported as 
 import os
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -24,7 +26,7 @@ from gymnasium.vector.utils import batch_space
 from lit_rl.envs.checks import cause_of, is_atari, is_minigrid, unknown_id
 from lit_rl.envs.minigrid import NATIVE_VIEW, symbolic_space
 from lit_rl.envs.vector import Obs, StepResult, base_seed, env_fault, map_leaves, success_of
-from lit_rl.envs.wrappers import leaf_spaces
+from lit_rl.envs.wrappers import is_floating, leaf_spaces, map_space
 from lit_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class EnvPoolVectorEnv(VectorEnv):
         if is_minigrid(task_id):
             self.single_observation_space = symbolic_space(NATIVE_VIEW)
         else:
-            self.single_observation_space = self._pool.observation_space
+            self.single_observation_space = map_space(_true_bounds, self._pool.observation_space)
         self.single_action_space = _float32_box(self._pool.action_space)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -139,6 +141,16 @@ class EnvPoolVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         self._pool.close()
+
+
+def _true_bounds(space: gym.Space) -> gym.Space:
+    """C++'s numeric limits read as no limits."""
+    if not (isinstance(space, spaces.Box) and is_floating(space)):
+        return space
+    limits = np.finfo(space.low.dtype)
+    low = np.where(space.low == limits.tiny, -np.inf, space.low).astype(space.low.dtype)
+    high = np.where(space.high == limits.max, np.inf, space.high).astype(space.high.dtype)
+    return spaces.Box(low, high, dtype=low.dtype)
 
 
 def _float32_box(space: Any) -> Any:

@@ -1,7 +1,7 @@
 """The gymnasium backend: one `gym.make` a row, in this process or one process a row."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -27,8 +27,19 @@ def make_gymnasium(
     rows = [row(index) for index in range(num_envs)]
     if config.vectorization == "async":
         row(0)().close()  # a bad option shows here, as one line, and not as the trace of a worker
-        return SameStepVectorEnv(AsyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
+        return SameStepVectorEnv(_QuietAsyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
     return SameStepVectorEnv(SyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
+
+
+class _QuietAsyncVectorEnv(AsyncVectorEnv):
+    """Without the worker's traceback in the log: the `UserError` that is raised says it in one line."""
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR + 1
+        try:
+            super()._raise_if_errors(successes)
+        finally:
+            gym.logger.min_level = level
 
 
 def make_row(config: "EnvConfig", render_mode: str | None) -> gym.Env:
