@@ -34,7 +34,7 @@ def generalized_advantage(
         advantage and value target (advantage + value), each ``[N, T]``.
     """
     delta = reward + gamma * next_value * ~terminated - value
-    carry_on = gamma * gae_lambda * ~(terminated | truncated)
+    carry_on = gamma * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
     advantage = torch.empty_like(delta)
     running = torch.zeros_like(delta[:, 0])
     deltas, weights = delta.unbind(1), carry_on.unbind(1)
