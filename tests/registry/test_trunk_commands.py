@@ -6,8 +6,6 @@ import torch
 from lit_rl import __version__, trunk_commands
 from lit_rl.errors import UserError
 
-torch.set_num_threads(1)
-
 LIST = """
 import sys
 from lit_rl.trunk_commands import main

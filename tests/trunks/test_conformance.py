@@ -1,12 +1,9 @@
 """The built-in trunks keep the contract."""
 
 import pytest
-import torch
 
 from lit_rl.testing import TrunkConformance
 from lit_rl.trunks import GRU, LSTM, MLP
-
-torch.set_num_threads(1)
 
 
 class TestMLP(TrunkConformance):

@@ -9,8 +9,6 @@ from lit_rl.testing import Subject, run_checks
 from lit_rl.testing.trunk_checks import CHECKS, contract, platforms
 from lit_rl.trunks import Trunk
 
-torch.set_num_threads(1)
-
 
 class Good(Trunk):
     """No fault: a recurrence with a window of two steps, one hook for each fault to come."""

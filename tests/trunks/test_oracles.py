@@ -10,8 +10,6 @@ from torch import nn
 from lit_rl.trunks import GRU, LSTM
 from lit_rl.trunks.resets import StretchedRows
 
-torch.set_num_threads(1)
-
 B, T, F, D, LAYERS = 4, 23, 5, 6, 2
 PAIRS = [(LSTM, nn.LSTM), (GRU, nn.GRU)]
 

@@ -33,6 +33,7 @@ from lit_rl.testing.trunk_checks.runs import (
     Subject,
     T,
     differentiable,
+    dtype_of,
     gradients,
     inputs_from_start,
     inputs_in_flight,
@@ -81,9 +82,8 @@ def check_spec(subject: Subject) -> None:
                 raise AssertionError(f"{name} is not a TensorDict of batch size [{rows}]")
         assert_same_spec(state, inputs.state, f"T={steps}")
     for key, leaf in leaves(trunk.initial_state(B)).items():
-        dtype = next(trunk.parameters()).dtype
-        if leaf.is_floating_point() and leaf.dtype != dtype:
-            raise AssertionError(f"initial_state {key!r} is {leaf.dtype}, its parameters are {dtype}")
+        if leaf.is_floating_point() and leaf.dtype != dtype_of(trunk):
+            raise AssertionError(f"initial_state {key!r} is {leaf.dtype}, its parameters {dtype_of(trunk)}")
 
 
 def check_inputs_unchanged(subject: Subject) -> None:

@@ -106,7 +106,12 @@ def _is_init(rows: list[list[int]]) -> Tensor:
 def random_like_trunk(trunk: Trunk, *shape: int, seed: int) -> Tensor:
     """Normal noise in the dtype of the trunk's parameters, the same numbers whatever that is."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return noise.to(next(trunk.parameters(), torch.empty(0)).dtype)
+    return noise.to(dtype_of(trunk))
+
+
+def dtype_of(trunk: Trunk) -> torch.dtype:
+    """The dtype of the trunk's parameters, float32 if it has none."""
+    return next(trunk.parameters(), torch.empty(0)).dtype
 
 
 def inputs_from_start(trunk: Trunk, is_init_BT: Tensor, seed: int = 1) -> Inputs:
