@@ -40,7 +40,7 @@ def make_vector_env(
 
 
 def _wrap(env: VectorEnv, config: "EnvConfig", seed: int | None) -> VectorEnv:
-    """Wrappers from the environment outwards; each leaves out what it has nothing to do for."""
+    """The wrappers that are asked for, from the environment outwards."""
     if wrappers.StandardForm.needed(env.single_observation_space):
         env = wrappers.StandardForm(env)
     if is_minigrid(config.id):
