@@ -38,7 +38,7 @@ def run_python():
     """Runs Python code with `site` on its path and returns the finished process."""
 
     def run(*arguments, site=None, cwd=None):
-        environment = os.environ | ({"PYTHONPATH": str(site)} if site else {})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(site)} if site else {})
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
