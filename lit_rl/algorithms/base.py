@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from typing import Any
 
 import lightning as L
@@ -34,6 +35,7 @@ class LitAgent(L.LightningModule):
         self.total_frames = total_frames
         self.frames = 0
         self.automatic_optimization = False
+        self.recent_returns: deque[float] = deque(maxlen=100)
         self._episodes: list[Episode] = []
         self._random_state: list[Any] | None = None
 
@@ -51,6 +53,9 @@ class LitAgent(L.LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state[self.global_rank % len(self._random_state)])
             self._random_state = None
+
+    def check_data(self, data: L.LightningDataModule) -> None:
+        """Raises `UserError` where the data do not fit the algorithm; called before anything is written."""
 
     # ------------------------------------------------------------------ evaluation: a batch is an episode
 

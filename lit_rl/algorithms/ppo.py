@@ -9,9 +9,9 @@ alone (a memoryless trunk), each is a sequence of its own.
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -136,7 +136,6 @@ class LitPPO(LitAgent):
         self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
-        self.recent_returns: deque[float] = deque(maxlen=100)
         self._ready_at = time.perf_counter()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -150,15 +149,16 @@ class LitPPO(LitAgent):
         """Those of the heads and encoder, and of the trunk."""
         return self.trainer.optimizers[0].param_groups
 
-    def check_data(self, data: RolloutDataModule) -> None:
+    def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the rollouts of `data` do not divide into minibatches."""
+        assert isinstance(data, RolloutDataModule)
         frames = data.env.num_envs * data.rollout_length
         length = 1 if self.agent.is_memoryless else data.sequence_length or data.rollout_length
         if (frames // length) % self.num_minibatches:
             unit = "steps" if length == 1 else f"sequences of {length} steps"
             raise UserError(
-                f"a rollout is {frames // length} {unit} ({data.env.num_envs} x {data.rollout_length}), which "
-                f"do not divide into {self.num_minibatches} minibatches: change num_minibatches, num_envs, "
+                f"a rollout is {frames // length} {unit} ({data.env.num_envs} x {data.rollout_length}): they "
+                f"do not divide into {self.num_minibatches} minibatches; change num_minibatches, num_envs, "
                 "rollout_length or sequence_length"
             )
 
@@ -320,7 +320,7 @@ class LitPPO(LitAgent):
         record["train/explained_variance"] = explained_variance(
             steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
         ).item()
-        for name, group in zip(("lr", "trunk_lr"), self._parameter_groups(), strict=True):  # type: ignore[union-attr]
+        for name, group in zip(("lr", "trunk_lr"), self._parameter_groups(), strict=True):
             record[f"train/{name}"] = group["lr"]
         record |= self._finished_episodes(steps_ET)
         record["speed/steps_per_second"] = frames / (collecting + learning)

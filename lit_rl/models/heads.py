@@ -96,7 +96,8 @@ class Categorical(PolicyHead):
         if not self.is_multi:
             return params.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         parts = zip(params.split(self.sizes, -1), action.unbind(-1), strict=True)
-        return sum(part.gather(-1, a.unsqueeze(-1)).squeeze(-1) for part, a in parts)  # type: ignore[return-value]
+        picked = [part.gather(-1, a.unsqueeze(-1)).squeeze(-1) for part, a in parts]
+        return torch.stack(picked).sum(0)
 
     def entropy(self, params: Tensor) -> Tensor:
         return -(params.exp() * params).sum(-1)

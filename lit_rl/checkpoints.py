@@ -1,0 +1,81 @@
+"""Checkpoints that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_rl.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the destination, then renames: a process that dies in between costs nothing."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt` after every epoch, and when the run is told to stop (SIGTERM, Ctrl-C)."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        # Any other exception may have left weights half-way through an update.
+        if isinstance(exception, SIGTERMException | KeyboardInterrupt) and trainer.training:
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a complete checkpoint (an archive whose parts all have their checksums)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def newest_whole(root: Path, name: str = "last") -> Path | None:
+    """The most recent whole `name`.ckpt of all runs under `root`; None if there is none."""
+    found = sorted(
+        root.glob(f"**/checkpoints/{name}.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    return next((path for path in found if is_whole(path)), None)
+
+
+def load(path: Path) -> Mapping[str, Any]:
+    """A checkpoint's contents, on the CPU; raises `UserError` if the file is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give the path of a .ckpt file")
+    if not is_whole(path):
+        raise UserError(
+            f"{path} is not a whole checkpoint (truncated or corrupt): use another, or start anew"
+        )
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): use another"
+        ) from error
+    if not isinstance(contents, Mapping) or "state_dict" not in contents:
+        raise UserError(f"{path} holds no Lightning checkpoint: give a file that `lit-rl fit` wrote")
+    return contents

@@ -1,0 +1,302 @@
+"""The command line: YAML and options -> objects -> fit, validate, test, predict. The only assembler."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lit_rl import arguments, checkpoints
+from lit_rl.algorithms.base import LitAgent
+from lit_rl.callbacks import EpisodeWriter, EvaluationVideo, FrameProgress, RunRecord
+from lit_rl.data import RolloutDataModule
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError
+
+LOGS = Path("logs")
+# What an evaluation takes from the checkpoint's configuration; the Trainer is the present command's own.
+FROM_CHECKPOINT = ("seed_everything", "name", "model", "data", "env", "episodes", "greedy")
+
+
+class LitRLCLI(LightningCLI):
+    """LightningCLI with an `env` section, trunks by name, runs in ``logs/NAME/version_N``, whole checkpoints.
+
+    Constructing it parses and builds; `run` executes the subcommand.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            LitAgent,
+            RolloutDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults={
+                "max_epochs": -1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                **launched_by_torchrun(),
+            },
+            seed_everything_default=1,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, "parser_mode": arguments.MODE},
+            args=args,
+        )
+
+    # ------------------------------------------------------------------ options
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(EnvConfig, "env")
+        parser.add_argument(
+            "--name", type=str, default="run", help="The run's folder is logs/NAME/version_N."
+        )
+        parser.add_argument("--episodes", type=int, default=20, help="How many an evaluation runs.")
+        parser.add_argument(
+            "--greedy", type=bool, default=True, help="Evaluate the policy's mode, else samples."
+        )
+        parser.add_argument("--video", type=str | None, help="test: folder for a video of one episode.")
+        parser.add_argument("--output", type=str | None, help="predict: folder for the episodes.")
+        parser.add_argument("--torch_threads", type=int, default=1, help="Torch's threads in each process.")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lit_rl.algorithms.LitPPO"},
+                "data": {"class_path": "lit_rl.data.RolloutDataModule"},
+            }
+        )
+        parser.link_arguments("env", "model.init_args.env")
+        parser.link_arguments("env", "data.init_args.env")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("episodes", "data.init_args.episodes")
+        parser.link_arguments("greedy", "data.init_args.greedy")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `with_checkpoint_config` has brought in the checkpoint's configuration."""
+
+    @property
+    def options(self) -> Namespace:
+        """The subcommand's configuration."""
+        assert self.subcommand is not None
+        return self.config[self.subcommand]
+
+    def config_text(self) -> str:
+        """The resolved configuration as YAML, which `--config` reads again."""
+        assert self.subcommand is not None
+        return self._subcommand_parsers[self.subcommand].dump(self.options, skip_none=False)
+
+    # ------------------------------------------------------------------ objects
+
+    def before_instantiate_classes(self) -> None:
+        torch.set_num_threads(self.options.torch_threads)
+        self.version: str | None = None
+        if self.subcommand == "fit" and self.options.ckpt_path in ("last", "best"):
+            run = LOGS / self.options.name
+            found = checkpoints.newest_whole(run, self.options.ckpt_path)
+            say(f"no whole checkpoint under {run}: from the start" if found is None else f"from {found}")
+            self.options.ckpt_path = None if found is None else str(found)
+        if self.options.ckpt_path is not None:
+            path = Path(self.options.ckpt_path)
+            checkpoints.load(path)
+            # A run that goes on keeps its folder, and so its curves.
+            self.version = path.parent.parent.name if path.parent.name == "checkpoints" else None
+        if self.subcommand == "predict":
+            check_output(self.options.output)
+        if "verbose" in self.options:
+            self.options.verbose = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.subcommand is not None
+        configured = self.config_init[self.subcommand]["trainer"]
+        fits = self.subcommand == "fit"
+        if configured["logger"] is None:
+            name, version = self.options.name, self.version
+            kwargs["logger"] = TensorBoardLogger(LOGS, name=name, version=version) if fits else False
+        kwargs["callbacks"] = [*(configured["callbacks"] or []), *self._callbacks(configured)]
+        kwargs["plugins"] = [*(configured["plugins"] or []), checkpoints.AtomicCheckpointIO()]
+        kwargs["enable_progress_bar"] = fits and configured["enable_progress_bar"] is not False
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, configured: Namespace) -> list[L.Callback]:
+        if self.subcommand == "predict":
+            return [EpisodeWriter(Path(self.options.output))]
+        if self.subcommand != "fit":
+            return [EvaluationVideo(self.options.video and Path(self.options.video))]
+        callbacks: list[L.Callback] = [RunRecord(self.config_text()), EvaluationVideo()]
+        if configured["enable_progress_bar"] is not False:
+            callbacks.append(FrameProgress())
+        if configured["enable_checkpointing"] is not False:
+            best = ModelCheckpoint(
+                filename="best",
+                monitor="val/return",
+                mode="max",
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+            )
+            callbacks += [best, checkpoints.LastCheckpoint()]
+        return callbacks
+
+    # ------------------------------------------------------------------ subcommands
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: `run` does it, so that what fails while building is told from what fails while running."""
+
+    def run(self) -> None:
+        assert self.subcommand is not None
+        super()._run_subcommand(self.subcommand)
+
+    def before_fit(self) -> None:
+        self.model.check_data(self.datamodule)
+
+    def after_fit(self) -> None:
+        trainer = self.trainer
+        self._say_evaluation("val")
+        if trainer.log_dir is not None and trainer.is_global_zero:
+            run = Path(os.path.relpath(trainer.log_dir))
+            for title, path in (
+                ("learning curve", run / "learning_curve.png"),
+                ("checkpoint", run / "checkpoints" / "last.ckpt"),
+            ):
+                if path.exists():
+                    say(f"{title}: {path}")
+            say(f"watch: tensorboard --logdir {LOGS}")
+
+    def after_validate(self) -> None:
+        self._say_evaluation("val")
+
+    def after_test(self) -> None:
+        self._say_evaluation("test")
+
+    def after_predict(self) -> None:
+        say(f"episodes: {self.options.output}")
+
+    def _say_evaluation(self, stage: str) -> None:
+        metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        if f"{stage}/return" not in metrics:
+            return
+        how = "greedy" if self.options.greedy else "sampled"
+        line = f"evaluation: return {metrics[f'{stage}/return']:.1f} +- {metrics[f'{stage}/return_std']:.1f}"
+        if f"{stage}/success" in metrics:
+            line += f", success {metrics[f'{stage}/success']:.2f}"
+        line += f", length {metrics[f'{stage}/length']:.1f}"
+        say(f"{line} ({self.options.episodes} {how} episodes of {self.options.env.id})")
+
+
+def say(text: str) -> None:
+    """Prints, in one of the processes of a run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def launched_by_torchrun() -> dict[str, Any]:
+    """Trainer defaults that fit the processes which torchrun (or `fabric run`) has started."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    accelerator = os.environ.get("LT_ACCELERATOR", "auto")
+    return {"accelerator": accelerator, "devices": local, "num_nodes": world // local, "strategy": "ddp"}
+
+
+def check_output(folder: str | None) -> None:
+    if folder is None:
+        raise UserError("predict writes episodes to disk: say where with --output DIR")
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise UserError(f"{folder} is not empty: give --output a new folder")
+
+
+def with_checkpoint_config(argv: list[str]) -> list[str]:
+    """An evaluation's options, after those of the run that made its checkpoint.
+
+    `last` and `best` stand for the newest whole checkpoint of the run `--name`, or of all runs.
+    """
+    subcommand, *options = argv
+    named = {key: value for key, value in _pairs(options) if key in ("--ckpt_path", "--name")}
+    if subcommand == "fit" or "--ckpt_path" not in named:
+        return argv
+    path: Path | None = Path(named["--ckpt_path"])
+    if named["--ckpt_path"] in ("last", "best"):
+        root = LOGS / named.get("--name", "")
+        path = checkpoints.newest_whole(root, named["--ckpt_path"])
+        if path is None:
+            raise UserError(f"no whole checkpoint under {root}: train one with lit-rl fit, or give its path")
+    assert path is not None
+    config = checkpoints.load(path).get("config")
+    if config is None:
+        return [*argv, "--ckpt_path", str(path)]
+    kept = {key: value for key, value in yaml.safe_load(config).items() if key in FROM_CHECKPOINT}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        yaml.safe_dump(kept, file)
+    return [subcommand, "--config", file.name, *options, "--ckpt_path", str(path)]
+
+
+def _pairs(options: list[str]) -> list[tuple[str, str]]:
+    """``--key value`` and ``--key=value`` as pairs."""
+    following = [*options[1:], ""]
+    return [
+        (option.partition("=")[0], option.partition("=")[2] if "=" in option else value)
+        for option, value in zip(options, following, strict=True)
+        if option.startswith("--")
+    ]
+
+
+def build(argv: list[str]) -> LitRLCLI:
+    """Everything the command names, built and ready to run; raises `UserError` for whatever does not fit."""
+    try:
+        return LitRLCLI(arguments.resolve_options(with_checkpoint_config(argv)))
+    except UserError:
+        raise
+    except Exception as error:
+        if "LIT_RL_TRACEBACK" in os.environ:
+            raise
+        cause = _cause(error)
+        if isinstance(cause, UserError):
+            raise cause from error
+        text = arguments.one_line(str(cause) or type(cause).__name__)
+        hint = (
+            f"see lit-rl {argv[0]} --help"
+            if isinstance(error, ArgumentError)
+            else f"({type(cause).__name__})"
+        )
+        raise UserError(f"{text}; {hint}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """A UserError in the chain of causes, which says it best; else the error itself."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, UserError):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def main(argv: list[str]) -> int:
+    """Runs one of fit, validate, test and predict; returns the exit code."""
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Lightning speaks of worker processes, which loaders of rollouts and episodes have no use for.
+    warnings.filterwarnings("ignore", module="lightning")
+    cli = build(argv)
+    try:
+        cli.run()
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except SIGTERMException:
+        say("stopped by SIGTERM; --ckpt_path last goes on from here")
+        return 143
+    return 0
