@@ -13,7 +13,7 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Generator, Tensor, nn
 
-from lit_rl.models.encoder import Encoder, Observation, is_continuous, orthogonal
+from lit_rl.models.encoder import Encoder, Observation, is_continuous, orthogonal, parts_of
 from lit_rl.models.heads import policy_head
 from lit_rl.models.normalization import ObservationNorm
 from lit_rl.trunks import Trunk
@@ -64,16 +64,9 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.is_dict = isinstance(observation_space, spaces.Dict)
-        self.norms = nn.ModuleDict()
-        if normalize_observation:
-            parts = (
-                observation_space.spaces
-                if isinstance(observation_space, spaces.Dict)
-                else {"": observation_space}
-            )
-            shapes = {key: part.shape for key, part in parts.items() if is_continuous(part)}
-            # ModuleDict forbids the empty key and dots; a plain observation is called `observation`.
-            self.norms.update({key or "observation": ObservationNorm(shape) for key, shape in shapes.items()})  # type: ignore[arg-type]
+        continuous = {k: part for k, part in parts_of(observation_space).items() if is_continuous(part)}
+        self.normalized = tuple(continuous) if normalize_observation else ()
+        self.norms = nn.ModuleList(ObservationNorm(continuous[key].shape) for key in self.normalized)  # type: ignore[arg-type]
 
         self.encoder = Encoder(observation_space, encoder_width)
         self.trunk = trunk(self.encoder.out_features)
@@ -163,20 +156,18 @@ class ActorCritic(nn.Module):
 
     def update_normalization(self, observation: Observation) -> None:
         """Merges observations ``[N, T, ...]`` into the running statistics."""
-        for key, norm in self.norms.items():
+        for key, norm in zip(self.normalized, self.norms, strict=True):
             cast(ObservationNorm, norm).update(observation[key] if self.is_dict else observation)
 
     def _normalize(self, observation: Observation) -> Observation:
         if not self.norms:
             return observation
         if not self.is_dict:
-            return self.norms["observation"](observation)
-        return {
-            key: self.norms[key](observation[key]) if key in self.norms else observation[key]
-            for key in self.encoder.parts
-        }
+            return self.norms[0](observation)
+        norms = zip(self.normalized, self.norms, strict=True)
+        return dict(observation.items()) | {key: norm(observation[key]) for key, norm in norms}
 
     def _add_time(self, observation: Observation) -> Observation:
         if self.is_dict:
-            return {key: observation[key].unsqueeze(1) for key in self.encoder.parts}
+            return {key: observation[key].unsqueeze(1) for key in self.encoder.keys}
         return observation.unsqueeze(1)

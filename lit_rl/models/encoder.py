@@ -33,6 +33,16 @@ def is_continuous(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and not is_image(space)
 
 
+def one_line(space: spaces.Space) -> str:
+    """The space as text for a message: arrays of bounds are printed over several lines."""
+    return " ".join(str(space).split())
+
+
+def parts_of(space: spaces.Space) -> dict[str, spaces.Space]:
+    """The entries of a Dict space in its order; a plain space is one entry, `observation`."""
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
+
+
 class Flat(nn.Module):
     """A Box of numbers as it is, flattened."""
 
@@ -107,8 +117,8 @@ def _leaf(space: spaces.Space) -> nn.Module:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return OneHot(space)
     raise UserError(
-        f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary "
-        "or a Dict of these"
+        f"observation space {one_line(space)} is not supported: use Box, Discrete, MultiDiscrete, "
+        "MultiBinary or a Dict of these"
     )
 
 
@@ -123,16 +133,19 @@ class Encoder(nn.Module):
     def __init__(self, space: spaces.Space, width: int | None = None) -> None:
         super().__init__()
         self.is_dict = isinstance(space, spaces.Dict)
-        parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
-        self.parts = nn.ModuleDict({key: _leaf(part) for key, part in parts.items()})
-        features = sum(part.out_features for part in self.parts.values())  # type: ignore[misc]
+        parts = parts_of(space)
+        self.keys = tuple(parts)
+        # A list, because a module cannot be called all that a Dict's entry may be, such as `type` or `a.b`.
+        self.parts = nn.ModuleList(_leaf(part) for part in parts.values())
+        features = sum(part.out_features for part in self.parts)  # type: ignore[misc]
         self.project = nn.Sequential(orthogonal(nn.Linear(features, width)), nn.ReLU()) if width else None
         self.out_features: int = width or features
 
     def forward(self, observation: Observation) -> Tensor:
         """Features ``[N, T, F]`` of an observation ``[N, T, ...]``."""
         if self.is_dict:
-            features = torch.cat([part(observation[key]) for key, part in self.parts.items()], dim=-1)
+            keyed = zip(self.keys, self.parts, strict=True)
+            features = torch.cat([part(observation[key]) for key, part in keyed], dim=-1)
         else:
-            features = self.parts["observation"](observation)
+            features = self.parts[0](observation)
         return features if self.project is None else self.project(features)

@@ -19,7 +19,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from lit_rl.errors import UserError
-from lit_rl.models.encoder import orthogonal
+from lit_rl.models.encoder import one_line, orthogonal
 
 
 class PolicyHead(nn.Module, ABC):
@@ -62,10 +62,6 @@ class Categorical(PolicyHead):
         super().__init__()
         self.is_multi = isinstance(space, spaces.MultiDiscrete)
         nvec = space.nvec.tolist() if isinstance(space, spaces.MultiDiscrete) else [int(space.n)]
-        if self.is_multi and np.ndim(space.nvec) != 1:  # type: ignore[union-attr]
-            raise UserError(
-                f"action space {space} is not supported: flatten it to one dimension with a wrapper"
-            )
         self.sizes: list[int] = nvec
         self.logits = orthogonal(nn.Linear(features, sum(nvec)), gain=0.01)
         start = torch.as_tensor(space.start) if np.any(space.start) else None
@@ -121,12 +117,8 @@ class Gaussian(PolicyHead):
         self, features: int, space: spaces.Box, *, squash: bool = False, log_std: float = 0.0
     ) -> None:
         super().__init__()
-        if len(space.shape) != 1:
-            raise UserError(
-                f"action space {space} is not supported: flatten it to one dimension with a wrapper"
-            )
         if squash and not np.isfinite([space.low, space.high]).all():
-            raise UserError(f"action space {space} has no bounds to squash to: set squash to false")
+            raise UserError(f"action space {one_line(space)} has no bounds to squash to: set squash to false")
         self.squash = squash
         self.mean = orthogonal(nn.Linear(features, space.shape[0]), gain=0.01)
         self.log_std = nn.Parameter(torch.full((space.shape[0],), log_std))
@@ -169,10 +161,15 @@ def policy_head(
     features: int, space: spaces.Space, *, squash: bool = False, log_std: float = 0.0
 ) -> PolicyHead:
     """The head that fits an action space; raises `UserError` for one that none fits."""
+    shown = one_line(space)
+    if len(space.shape or ()) > 1 or (isinstance(space, spaces.Box) and not space.shape):
+        raise UserError(f"action space {shown} is not supported: bring it to one dimension with a wrapper")
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         return Categorical(features, space)
-    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+    if isinstance(space, spaces.MultiBinary):
         return Categorical(features, spaces.MultiDiscrete([2] * space.shape[0]))
-    if isinstance(space, spaces.Box):
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return Gaussian(features, space, squash=squash, log_std=log_std)
-    raise UserError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
+    raise UserError(
+        f"action space {shown} is not supported: use Discrete, MultiDiscrete, MultiBinary or a floating Box"
+    )
