@@ -36,15 +36,17 @@ def to_tensor(arrays: Arrays, device: torch.device | str = "cpu") -> Any:
     return torch.from_numpy(arrays).to(device)
 
 
-def check_finite(arrays: Arrays, env: VectorEnv, step: int) -> None:
-    """Raises `UserError` where an observation is not a number, before anything learns from it."""
+def check_finite(arrays: Arrays, env: VectorEnv, step: int, rows: np.ndarray | bool = True) -> None:
+    """Raises `UserError` where one of `rows` (bool [E]) is not a number, before anything learns from it."""
     for name, array in arrays.items() if isinstance(arrays, Mapping) else [("observation", arrays)]:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0, 0])
-            raise UserError(
-                f"{name} of environment {row} of {env_name(env)} is not finite at step {step}; nothing was "
-                "learnt from it, the last checkpoint is whole: mend the environment or bound what it returns"
-            )
+            bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1) & rows)
+            if len(bad):
+                raise UserError(
+                    f"{name} of environment {bad[0]} of {env_name(env)} is not finite at step {step}; "
+                    "nothing was learnt from it, the last checkpoint is whole: mend the environment or bound "
+                    "what it returns"
+                )
 
 
 def env_name(env: VectorEnv) -> str:
@@ -187,7 +189,9 @@ class RolloutCollector(BaseCollector):
             next_value[cut, t] = final_value[cut]
         next_value[terminated_at] = 0.0
 
-        check_finite({"reward": rewards}, self.env, self._steps)
+        if not np.isfinite(rewards).all():
+            t = int(np.argwhere(~np.isfinite(rewards))[:, 1].min())
+            check_finite({"reward": rewards[:, t]}, self.env, self._steps - T + t + 1)
         self._frames += E * T
         return self._assemble(states)
 
@@ -197,7 +201,7 @@ class RolloutCollector(BaseCollector):
 
     def _close_episodes(self, t: int, info: dict[str, Any]) -> None:
         ended = self._is_init
-        check_finite(info["final_obs"], self.env, self._steps)
+        check_finite(info["final_obs"], self.env, self._steps, rows=ended)
         self._float[keys.EPISODE_RETURN][ended, t] = self._return[ended]
         self._float[keys.EPISODE_LENGTH][ended, t] = self._length[ended]
         if "success" in info:

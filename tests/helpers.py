@@ -1,11 +1,15 @@
 """What several tests build: scripted environments, small agents, quiet Trainers."""
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
@@ -126,3 +130,67 @@ def sample(space: spaces.Space, *batch: int, seed: int = 0) -> Any:
         return {key: sample(part, *batch, seed=seed) for key, part in space.spaces.items()}
     count = int(torch.tensor(batch).prod())
     return torch.stack([torch.as_tensor(space.sample()) for _ in range(count)]).unflatten(0, batch)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a `Scripted` row does at one step."""
+
+    observation: list[float]  # (row, episode, t), seen before the step
+    is_init: bool
+    reward: float
+    terminated: bool
+    truncated: bool
+    last: list[float]  # seen after the step; at an end the episode's last observation
+    so_far: float  # return of the episode up to and with this step
+
+
+def script(row: int, episodes: Sequence[tuple[int, str]]) -> Iterator[Step]:
+    """Episodes of (length, end), over and over; `end` says terminated, truncated or both."""
+    for episode, (length, end) in enumerate(itertools.cycle(episodes)):
+        rewards = [row + 10.0 * episode + t for t in range(length)]
+        for t, reward in enumerate(rewards):
+            at_end = t == length - 1
+            yield Step(
+                observation=[row, episode, t],
+                is_init=t == 0,
+                reward=reward,
+                terminated=at_end and end in ("terminated", "both"),
+                truncated=at_end and end in ("truncated", "both"),
+                last=[row, episode, t + 1],
+                so_far=sum(rewards[: t + 1]),
+            )
+
+
+class Scripted(VectorEnv):
+    """Rows that end at different times, as written in a script; it keeps the actions that it was given."""
+
+    single_observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, rows: Sequence[Sequence[tuple[int, str]]], action_space: spaces.Space) -> None:
+        self.num_envs, self.rows = len(rows), rows
+        self.single_action_space = action_space
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.scripts = [script(row, episodes) for row, episodes in enumerate(self.rows)]
+        self.now = [next(steps) for steps in self.scripts]
+        return self._seen("observation"), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.actions.append(actions.copy())
+        last = self._seen("last")
+        reward, terminated, truncated = (
+            np.array([getattr(step, name) for step in self.now])
+            for name in ("reward", "terminated", "truncated")
+        )
+        self.now = [next(steps) for steps in self.scripts]
+        info = {}
+        if (terminated | truncated).any():
+            last[~(terminated | truncated)] = -1e6  # only the ended rows mean something
+            info = {"final_obs": last}
+        return self._seen("observation"), reward, terminated, truncated, info
+
+    def _seen(self, name: str) -> np.ndarray:
+        return np.array([getattr(step, name) for step in self.now], np.float32)
