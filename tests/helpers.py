@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import lightning as L
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from lit_rl.algorithms import LitPPO
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.models.agent import ActorCritic, TrunkFactory
+from lit_rl.testing.envs import Counter
 
-COUNTER = "lit_rl/Counter-v0"
+COUNTER, WALK = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0"
 
 
 def counter(
@@ -28,6 +30,31 @@ def counter(
     """Episodes of known lengths and ends, observation (episode, t), reward t + 1."""
     kwargs = {"lengths": list(lengths), "truncations": list(truncations)}
     return EnvConfig(COUNTER, num_envs=num_envs, kwargs=kwargs)
+
+
+class Walk(Counter):
+    """A Counter with any kind of action, seen as numbers of order one that tell the steps apart."""
+
+    ACTIONS: ClassVar[dict[str, spaces.Space]] = {
+        "discrete": spaces.Discrete(3),
+        "multidiscrete": spaces.MultiDiscrete([2, 3]),
+        "continuous": spaces.Box(-1.0, 1.0, (2,), np.float32),
+    }
+
+    def __init__(self, action: str = "discrete", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.action_space = self.ACTIONS[action]
+
+    def _obs(self) -> np.ndarray:
+        return np.sin([self.t + 0.3, 3 * self.t + self.episode], dtype=np.float32)
+
+
+def walk(action: str = "discrete", num_envs: int = 4) -> EnvConfig:
+    """Episodes of 3, 5, 1 and 8 steps, by turns terminated and truncated; rollouts of 16 end within one."""
+    if WALK not in gym.registry:
+        gym.register(WALK, entry_point=Walk)
+    kwargs = {"action": action, "lengths": [3, 5, 1, 8], "truncations": [False, True]}
+    return EnvConfig(WALK, num_envs=num_envs, kwargs=kwargs)
 
 
 def small(name: str) -> TrunkFactory:
@@ -85,6 +112,7 @@ def make_trainer(**options: Any) -> L.Trainer:
         "limit_val_batches": 0,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
+        "log_every_n_steps": 1,
         "enable_model_summary": False,
     }
     return L.Trainer(**(quiet | options))
@@ -98,13 +126,15 @@ def train(
     rollout_length: int = 16,
     sequence_length: int | None = None,
     seed: int = 0,
+    algorithm: type[LitPPO] = LitPPO,
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[LitPPO, Records]:
     """Some rollouts of PPO: the learner after them and what it logged."""
     torch.manual_seed(seed)
     frames = env.num_envs * rollout_length
-    model = ppo(env, trunk, **({"total_frames": rollouts * frames, "num_minibatches": 2} | options))
+    usual = {"total_frames": rollouts * frames, "num_minibatches": 2, "lr": 1e-2}
+    model = algorithm(env, small(trunk), **(usual | options))
     sharpen(model.agent)
     data = RolloutDataModule(
         env,
@@ -114,7 +144,7 @@ def train(
         seed=seed,
     )
     records = Records()
-    make_trainer(logger=records, **(trainer or {})).fit(model, data)
+    make_trainer(**({"logger": records} | (trainer or {}))).fit(model, data)
     return model, records
 
 

@@ -39,6 +39,13 @@ class LitAgent(L.LightningModule):
         self._episodes: list[Episode] = []
         self._random_state: list[Any] | None = None
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"precision {self.trainer.precision} is not supported: use 32-true or bf16-mixed (heads and "
+                "losses need float32, and there is no loss scaling)"
+            )
+
     @property
     def progress(self) -> float:
         """Share of the frame budget that is spent, 0 to 1."""

@@ -164,10 +164,6 @@ class LitPPO(LitAgent):
 
     def on_fit_start(self) -> None:
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
-        if self.trainer.precision == "16-mixed":
-            raise UserError(
-                "precision 16-mixed needs loss scaling, which LitPPO does without: use bf16-mixed or 32-true"
-            )
 
     def on_train_epoch_start(self) -> None:
         self._ready_at = time.perf_counter()
