@@ -60,6 +60,8 @@ class LitAgent(L.LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state[self.global_rank % len(self._random_state)])
             self._random_state = None
+        if self.frames >= self.total_frames:  # resumed where the budget is spent already
+            self.trainer.should_stop = True
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the data do not fit the algorithm; called before anything is written."""
@@ -83,8 +85,10 @@ class LitAgent(L.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        summary = summarize(gather_list(self._episodes))
-        self._episodes = []
+        episodes, self._episodes = gather_list(self._episodes), []
+        if self.trainer.sanity_checking:
+            return
+        summary = summarize(episodes)
         metrics = {f"{stage}/{key}": value for key, value in summary.items()}
         # `self.log` serves callbacks (ModelCheckpoint's monitor); the loggers get frames as x axis.
         self.log_dict(metrics, logger=False)
@@ -101,14 +105,17 @@ class LitAgent(L.LightningModule):
         """Restores frames and random states; raises `UserError` where the checkpoint is of another agent."""
         saved = {key: value.shape for key, value in checkpoint["state_dict"].items()}
         mine = {key: value.shape for key, value in self.state_dict().items()}
-        if saved != mine:
+        trunk, my_trunk = checkpoint.get("trunk"), trunk_name(self.agent)
+        if saved != mine or trunk != my_trunk:
             different = sorted(key for key in saved.keys() | mine.keys() if saved.get(key) != mine.get(key))
-            key = different[0]
+            first = "".join(
+                f", first {key} (checkpoint {_shape(saved.get(key))}, run {_shape(mine.get(key))})"
+                for key in different[:1]
+            )
             raise UserError(
-                f"the checkpoint does not fit: it holds trunk {checkpoint.get('trunk')}, this run builds "
-                f"{trunk_name(self.agent)}; {len(different)} tensors differ, first {key} (checkpoint "
-                f"{_shape(saved.get(key))}, run {_shape(mine.get(key))}): use the trunk, its options and an "
-                "environment with the spaces of the run that made it"
+                f"the checkpoint does not fit: it holds trunk {trunk}, this run builds {my_trunk}; "
+                f"{len(different)} tensors differ{first}: use the trunk, its options and an environment with "
+                "the spaces of the run that made it"
             )
         self.frames = checkpoint.get("frames", 0)
         self._random_state = checkpoint.get("random_state")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch.distributed as dist
+from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
 from lit_rl.collectors import RolloutCollector
@@ -87,6 +88,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.evaluation_seed = evaluation_seed
         self.collector: RolloutCollector | None = None
         self._collector_state: dict[str, Any] | None = None
+        self._evaluation_envs: list[VectorEnv] = []
 
     @property
     def _agent(self) -> ActorCritic:
@@ -127,8 +129,10 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         share = -(-self.episodes // trainer.world_size)
+        env = self.env.make(num_envs=min(share, 16))
+        self._evaluation_envs.append(env)
         return Episodes(
-            self.env.make(num_envs=min(share, 16)),
+            env,
             self._agent,
             share,
             greedy=self.greedy,
@@ -141,8 +145,10 @@ class RolloutDataModule(L.LightningDataModule):
         """Episodes with pictures, one environment at a time, on the backend that can draw."""
         trainer = self.trainer
         assert trainer is not None
+        env = replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array")
+        self._evaluation_envs.append(env)
         return Episodes(
-            replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array"),
+            env,
             self._agent,
             episodes,
             greedy=self.greedy,
@@ -174,3 +180,5 @@ class RolloutDataModule(L.LightningDataModule):
         if self.collector is not None:
             self.collector.shutdown()
             self.collector = None
+        while self._evaluation_envs:
+            self._evaluation_envs.pop().close()
