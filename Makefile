@@ -40,4 +40,4 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks.ppo_speed
+	$(BIN)/python -m lit_rl.benchmarks.ppo_speed

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print and keep numbers, apart from the tests."""
