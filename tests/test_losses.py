@@ -80,6 +80,9 @@ def test_normalized_advantage() -> None:
     advantage = normalized(torch.tensor([[1.0], [2.0], [3.0]]))
     assert advantage.flatten().tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
     assert normalized(torch.ones(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    # two minibatches of two rows, each by its own moments
+    two = normalized(torch.tensor([[1.0], [3.0], [10.0], [30.0]]), num_minibatches=2)
+    assert two.flatten().tolist() == pytest.approx([-1.0, 1.0, -1.0, 1.0])
 
 
 def minibatch(agent: ActorCritic, observation: torch.Tensor) -> TensorDict:
@@ -124,7 +127,8 @@ def test_ppo_loss_agrees_with_torchrl(env_id: str, value_clip: float | None) -> 
     model = ppo(env, value_trunk="separate", value_coef=0.7, value_clip=value_clip)
     model.agent = agent = make_agent(env, value_trunk="separate", log_std=-0.5)
     steps = minibatch(agent, 2 * torch.randn(32, 1, 2 if discrete else 1))
-    ours, measured = model._loss(steps, agent.initial_state(32), clip=0.2, entropy_coef=0.03)
+    steps[keys.ADVANTAGE] = normalized(steps[keys.ADVANTAGE])
+    ours, measured, log_ratio = model._loss(steps, agent.initial_state(32), clip=0.2, entropy_coef=0.03)
     ours.backward()
     gradients = {name: p.grad.clone() for name, p in agent.named_parameters()}
     agent.zero_grad()
@@ -152,7 +156,7 @@ def test_ppo_loss_agrees_with_torchrl(env_id: str, value_clip: float | None) -> 
             "action_log_prob": steps[keys.LOG_PROB],
             "state_value": steps[keys.VALUE][..., None],
             "value_target": steps[keys.VALUE_TARGET][..., None],
-            "advantage": normalized(steps[keys.ADVANTAGE])[..., None],  # theirs divides by n - 1
+            "advantage": steps[keys.ADVANTAGE][..., None],
         },
         [32, 1],
     )
@@ -162,8 +166,9 @@ def test_ppo_loss_agrees_with_torchrl(env_id: str, value_clip: float | None) -> 
     assert measured["policy_loss"].item() == pytest.approx(theirs["loss_objective"].item(), abs=1e-5)
     assert measured["entropy"].item() == pytest.approx(theirs["entropy"].item(), abs=1e-5)
     assert 0.7 * measured["value_loss"].item() == pytest.approx(theirs["loss_critic"].item(), abs=1e-5)
-    assert measured["clip_fraction"].item() == pytest.approx(theirs["clip_fraction"].item())
-    assert 0.1 < measured["clip_fraction"] < 0.9
+    clipped = clip_fraction(log_ratio.exp(), 0.2).item()
+    assert clipped == pytest.approx(theirs["clip_fraction"].item())
+    assert 0.1 < clipped < 0.9
     assert ours.item() == pytest.approx(total.item(), abs=1e-5)
     for name, parameter in agent.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -8,11 +8,14 @@ alone (a memoryless trunk), each is a sequence of its own.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -20,10 +23,10 @@ from lit_rl import keys
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, check_range
 from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
 from lit_rl.models.agent import ActorCritic, TrunkFactory
-from lit_rl.models.normalization import RewardScale, reduce_sum
+from lit_rl.models.normalization import RewardScale, reduce_sum, world_size
 from lit_rl.returns import discounted_return, explained_variance, generalized_advantage
 from lit_rl.trunks import MLP
 
@@ -106,10 +109,20 @@ class LitPPO(LitAgent):
         log_std: float = 0.0,
     ) -> None:
         super().__init__(total_frames)
-        for name, count in (("num_epochs", num_epochs), ("num_minibatches", num_minibatches)):
-            if count < 1:
-                raise UserError(f"{name} is {count}: it must be at least 1")
+        check_range(
+            {"num_epochs": num_epochs, "num_minibatches": num_minibatches, "encoder_width": encoder_width}, 1
+        )
+        check_range({"gamma": gamma, "gae_lambda": gae_lambda}, 0, 1)
+        check_range({"clip": clip, "max_grad_norm": max_grad_norm}, 0, above=True)
+        check_range({"value_clip": value_clip, "target_kl": target_kl}, 0, above=True)
+        check_range({"clip_final": clip_final, "value_coef": value_coef, "lr": lr, "trunk_lr": trunk_lr}, 0)
+        check_range({"entropy_coef": entropy_coef, "entropy_coef_final": entropy_coef_final}, 0)
+        check_range({"log_std": log_std}, -20, 20)
         observation_space, action_space = env.spaces()
+        if (squash or log_std) and not isinstance(action_space, spaces.Box):
+            raise UserError(
+                f"squash and log_std are for continuous actions, not {action_space}: leave them out"
+            )
         self.agent = ActorCritic(
             observation_space,
             action_space,
@@ -230,71 +243,63 @@ class LitPPO(LitAgent):
         self, steps_NT: TensorDict, state_N: TensorDict, clip: float, entropy_coef: float
     ) -> dict[str, float]:
         """Epochs of minibatches; returns the means of what was measured, over all minibatches."""
-        N = len(steps_NT)
+        N, M = len(steps_NT), len(steps_NT) // self.num_minibatches
         optimizer = self.optimizers()
-        history: list[Tensor] = []
+        parameters = list(self.agent.parameters())
+        losses: list[Tensor] = []
+        log_ratios: list[Tensor] = []
         for _epoch in range(self.num_epochs):
             order = torch.randperm(N, device=steps_NT.device)
-            minibatches = zip(
-                steps_NT[order].split(N // self.num_minibatches),
-                state_N[order].split(N // self.num_minibatches),
-                strict=True,
-            )
-            kl = []
-            for steps_MT, state_M in minibatches:
-                loss, measured = self._loss(steps_MT, state_M, clip, entropy_coef)
+            steps_NT, state_N = steps_NT[order], state_N[order]
+            # A dictionary a minibatch: looking into a TensorDict costs as much as a small operation.
+            columns = {key: steps_NT[key].split(M) for key in LEARNT_FROM}
+            if self.normalize_advantage:
+                columns[keys.ADVANTAGE] = normalized(steps_NT[keys.ADVANTAGE], self.num_minibatches).split(M)
+            for i, state_M in enumerate(state_N.split(M)):
+                steps_MT = {key: column[i] for key, column in columns.items()}
+                loss, measured, log_ratio_MT = self._loss(steps_MT, state_M, clip, entropy_coef)
                 self.manual_backward(loss)
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.agent.parameters(), self.max_grad_norm)
-                if not grad_norm.isfinite():
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                if not math.isfinite(grad_norm.item()):
                     raise UserError(self._not_finite(loss, measured))
                 optimizer.step()  # type: ignore[union-attr]
                 optimizer.zero_grad()  # type: ignore[union-attr]
-                kl.append(measured["approx_kl"])
-                history.append(torch.stack([*measured.values(), grad_norm]).detach())
-            if (
-                self.target_kl is not None
-                and reduce_sum(torch.stack(kl).mean()) > self.target_kl * self.trainer.world_size
-            ):
-                break
+                losses += [*measured.values(), grad_norm]
+                log_ratios.append(log_ratio_MT)
+            if self.target_kl is not None:
+                kl = reduce_sum(approx_kl(torch.stack(log_ratios[-self.num_minibatches :])))
+                if kl > self.target_kl * self.trainer.world_size:
+                    break
         names = [*measured, "grad_norm"]
-        metrics = dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True))
-        first = names.index("ratio_deviation")
-        return metrics | {"first_ratio_deviation": history[0][first].item()}
+        means = torch.stack(losses).view(-1, len(names)).mean(0).tolist()
+        log_ratio = torch.stack(log_ratios)
+        return dict(zip(names, means, strict=True)) | {
+            "approx_kl": approx_kl(log_ratio).item(),
+            "clip_fraction": clip_fraction(log_ratio.exp(), clip).item(),
+            # 0 where the update sees what the rollout saw: memory, resets and normalisation alike.
+            "first_ratio_deviation": (log_ratios[0].exp() - 1).abs().max().item(),
+        }
 
     def _loss(
-        self, steps_MT: TensorDict, state_M: TensorDict, clip: float, entropy_coef: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one minibatch and, detached, what is worth watching."""
+        self, steps_MT: Mapping[str, Tensor], state_M: TensorDict, clip: float, entropy_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of one minibatch; detached, its parts and the log ratio ``[M, T]``."""
         params, value, _ = self.agent(steps_MT[keys.OBSERVATION], state_M, steps_MT[keys.IS_INIT])
         log_prob = self.agent.policy.log_prob(params, steps_MT[keys.ACTION])
         entropy = self.agent.policy.entropy(params).mean()
 
-        advantage = steps_MT[keys.ADVANTAGE]
-        if self.normalize_advantage:
-            advantage = normalized(advantage)
-
-        log_ratio = log_prob - steps_MT[keys.LOG_PROB]
-        ratio = log_ratio.exp()
         # Schulman et al. 2017, eq. 9, as a loss.
-        policy_loss = clipped_surrogate(ratio, advantage, clip)
+        log_ratio = log_prob - steps_MT[keys.LOG_PROB]
+        policy_loss = clipped_surrogate(log_ratio.exp(), steps_MT[keys.ADVANTAGE], clip)
         critic_loss = value_loss(value, steps_MT[keys.VALUE_TARGET], steps_MT[keys.VALUE], self.value_clip)
         loss = policy_loss + self.value_coef * critic_loss - entropy_coef * entropy
 
+        measured = {"policy_loss": policy_loss, "value_loss": critic_loss, "entropy": entropy}
         auxiliary = self.agent.auxiliary_loss()
         if auxiliary is not None:
             loss = loss + auxiliary
-        with torch.no_grad():
-            measured = {
-                "policy_loss": policy_loss,
-                "value_loss": critic_loss,
-                "entropy": entropy,
-                "approx_kl": approx_kl(log_ratio),
-                "clip_fraction": clip_fraction(ratio, clip),
-                "ratio_deviation": (ratio - 1).abs().max(),
-            }
-        if auxiliary is not None:
             measured["auxiliary_loss"] = auxiliary
-        return loss, {key: value.detach() for key, value in measured.items()}
+        return loss, {key: part.detach() for key, part in measured.items()}, log_ratio.detach()
 
     def _not_finite(self, loss: Tensor, measured: dict[str, Tensor]) -> str:
         bad = [key for key, value in measured.items() if not value.isfinite()]
@@ -312,7 +317,7 @@ class LitPPO(LitAgent):
         now = time.perf_counter()
         frames = steps_ET.numel() * self.trainer.world_size
         collecting, learning = learning_from - self._ready_at, now - learning_from
-        record = {f"train/{key}": value for key, value in metrics.items() if key != "ratio_deviation"}
+        record = {f"train/{key}": value for key, value in metrics.items()}
         record["train/explained_variance"] = explained_variance(
             steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
         ).item()
@@ -337,9 +342,10 @@ class LitPPO(LitAgent):
         return {key.replace("_", "/", 1): total / n for key, total, n in means if n}
 
 
-def normalized(advantage: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the minibatches of all processes."""
-    count = reduce_sum(torch.tensor(float(advantage.numel()), device=advantage.device))
-    mean = reduce_sum(advantage.sum()) / count
-    variance = reduce_sum((advantage - mean).square().sum()) / count
-    return (advantage - mean) / (variance.sqrt() + 1e-8)
+def normalized(advantage_NT: Tensor, num_minibatches: int = 1) -> Tensor:
+    """Mean 0 and standard deviation 1 in each minibatch (N / num_minibatches rows) of all processes."""
+    rows = advantage_NT.reshape(num_minibatches, -1)
+    count = rows.shape[1] * world_size()
+    mean = reduce_sum(rows.sum(1, keepdim=True)) / count
+    variance = reduce_sum((rows - mean).square().sum(1, keepdim=True)) / count
+    return ((rows - mean) / (variance.sqrt() + 1e-8)).view_as(advantage_NT)

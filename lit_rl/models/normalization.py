@@ -7,9 +7,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks (the tensor itself where there is one process)."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    """The sum over all processes (the tensor itself where there is one)."""
+    if world_size() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor

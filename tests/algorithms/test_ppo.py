@@ -150,7 +150,7 @@ def test_advantages_are_those_of_whole_rows(trunk: str, N: int, T: int) -> None:
 
 def test_every_sequence_is_learnt_from_once_an_epoch() -> None:
     class Counting(LitPPO):
-        def _loss(self, steps_MT: TensorDict, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def _loss(self, steps_MT: TensorDict, *args: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
             self.__dict__.setdefault("seen", []).append(steps_MT[keys.LOG_PROB][:, 0].clone())
             return super()._loss(steps_MT, *args)
 
@@ -287,7 +287,7 @@ def test_auxiliary_losses_join_the_loss() -> None:
         },
         [1, T],
     )
-    loss, measured = model._loss(steps, model.agent.initial_state(1), 0.2, 0.03)
+    loss, measured, _ = model._loss(steps, model.agent.initial_state(1), 0.2, 0.03)
     terms = measured["policy_loss"] + 0.5 * measured["value_loss"] - 0.03 * measured["entropy"]
     assert measured["auxiliary_loss"] > 0.01
     torch.testing.assert_close(loss.detach(), terms + measured["auxiliary_loss"])
@@ -326,13 +326,13 @@ class Poisoned(LitPPO):
 
     at = 0
 
-    def _loss(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, measured = super()._loss(*args)
+    def _loss(self, *args: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        loss, measured, log_ratio = super()._loss(*args)
         self.at -= 1
         if self.at < 0:
             self.spared = parameters(self)
             loss, measured["value_loss"] = loss * math.nan, measured["value_loss"] * math.nan
-        return loss, measured
+        return loss, measured, log_ratio
 
 
 @pytest.mark.parametrize("at", [0, 3])
