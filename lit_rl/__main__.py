@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lit_rl.errors import UserError
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             case [command, *_]:
                 raise UserError(f"no command {command!r}: use fit, validate, test, predict or trunks")
     except UserError as error:
+        if "LIT_RL_TRACEBACK" in os.environ:
+            raise
         print(f"lit-rl: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -1,25 +1,40 @@
-"""What the command line adds to jsonargparse: trunks by their entry-point names, errors in one line."""
+"""What the command line adds to jsonargparse: trunks by their entry-point names, refusals of its own."""
 
 from __future__ import annotations
 
 import json
+import os
+import pydoc
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 
 from lit_rl import registry
+from lit_rl.errors import UserError
+from lit_rl.messages import type_in_words
 
 MODE = "lit_rl"  # the parser mode that reads YAML with trunk names
+
+# Options that classes take from elsewhere in the configuration: class's option -> its source.
+LINKED = {
+    "model.env": "env",
+    "data.env": "env",
+    "data.seed": "seed_everything",
+    "data.episodes": "episodes",
+    "data.greedy": "greedy",
+}
 
 _TRUNK_OPTION = re.compile(r"(--model\.(?:init_args\.)?trunk)(\.class_path|\.help)?(?:=(.*))?", re.DOTALL)
 
 
 def resolve_trunk_name(name: str) -> str:
     """The class path of a trunk named by its entry point; `UserError` if unknown, ambiguous or broken."""
-    if "." not in name:
-        registry.load(name)
+    registry.load(name)
     return registry.class_path(name)
 
 
@@ -43,6 +58,7 @@ def resolve_options(argv: list[str]) -> list[str]:
     resolved: list[str] = []
     rest = iter(argv)
     for option in rest:
+        refuse_linked(option.partition("=")[0].removeprefix("--").replace(".init_args", ""))
         match = _TRUNK_OPTION.fullmatch(option)
         if match is None:
             resolved.append(option)
@@ -62,27 +78,77 @@ def resolve_options(argv: list[str]) -> list[str]:
 
 
 def _load(text: str) -> Any:
-    return resolve_trunks(get_loader("yaml")(text))
+    tree = get_loader("yaml")(text)
+    for section in ("model", "data"):
+        options = tree.get(section) if isinstance(tree, dict) else None
+        for name in (options.get("init_args") or ()) if isinstance(options, dict) else ():
+            refuse_linked(f"{section}.{name}")
+    return resolve_trunks(tree)
 
 
 set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
 
 
-def one_line(message: str) -> str:
-    """The culprit and the cause of a jsonargparse message, which spans many lines and repeats itself."""
-    keys = re.findall(r'[Kk]ey "([\w.]+)"', message)
-    where = ".".join(dict.fromkeys(key for key in keys if key != "init_args"))
-    text = " ".join(message.split())
-    causes = (
-        (r"Option '([\w.]+)' is not accepted", "{where} has no option {0}"),
-        (r"Group '([\w.]+)' does not accept option '([\w.]+)'", "{0} has no option {1}"),
-        (r"[Uu]nrecognized arguments: (--)?(\S+)", "there is no option {1}"),
-        (r"Expected an? <class '(?:\w+\.)*(\w+)'>\. Got value: (\S+)", "{where} takes {0}, not {1}"),
-        (r"a function or a callable class: (.{1,200}?)(?: - Expected|\. Got value|$)", "{where}: {0}"),
-    )
-    for pattern, form in causes:
-        match = re.search(pattern, text)
-        if match:
-            groups = [group or "" for group in match.groups()]
-            return form.format(*groups, where=where or "the configuration")
-    return text if len(text) <= 300 else f"{where + ': ' if where else ''}{text[:280]} ..."
+# ---------------------------------------------------------------------- refusals
+
+
+def refuse_linked(option: str) -> None:
+    """Raises `UserError` for an option that would be overwritten without a word."""
+    for target, source in LINKED.items():
+        if option == target or option.startswith(f"{target}."):
+            raise UserError(
+                f"{option} is taken from {source}: set {option.replace(target, source, 1)} instead"
+            )
+
+
+def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
+    """Raises `UserError` for values that jsonargparse lets pass and nothing could take.
+
+    Args:
+        options: what was parsed.
+        signatures: a callable for each section of options, whose parameters have its types.
+    """
+    model = options.model.init_args
+    trunk = model.get("trunk")
+    sections = [
+        *((section, takes, options[section]) for section, takes in signatures.items()),
+        ("model", pydoc.locate(options.model.class_path), model),
+        ("data", pydoc.locate(options.data.class_path), options.data.init_args),
+        *(
+            [("model.trunk", pydoc.locate(trunk.class_path), trunk.get("init_args", Namespace()))]
+            if trunk
+            else ()
+        ),
+    ]
+    for where, takes, given in sections:
+        if not isinstance(given, Namespace):
+            raise UserError(
+                f"{where} takes options with their values, not {'null' if given is None else given}"
+            )
+        _refuse_nulls(where, takes, given)
+    for option in ("name", "seed_everything", "episodes", "greedy", "torch_threads"):
+        if options[option] is None:
+            raise UserError(f"{option} is null: give a value, or leave it out")
+    if Path(options.name).is_absolute() or ".." in Path(options.name).parts:
+        raise UserError(f"name {options.name!r} leads out of logs/: give the name of a folder in it")
+
+
+def _refuse_nulls(where: str, takes: Callable, given: Namespace) -> None:
+    # A dataclass and a constructor alike.
+    hints = get_type_hints(takes) | get_type_hints(getattr(takes, "__init__", takes))
+    for name, hint in hints.items():
+        if name in given and given[name] is None and hint is not Any and NoneType not in get_args(hint):
+            raise UserError(
+                f"{where}.{name} takes {type_in_words(str(hint))}, not null: give a value, or leave it out"
+            )
+
+
+def check_folder(folder: Path, *, new: bool = False) -> None:
+    """Raises `UserError` where a folder can neither be used nor made, or should be `new` and is not empty."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write to {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {there} is write-protected")
+    if new and there == folder and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new folder")

@@ -76,6 +76,7 @@ def load(path: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): use another"
         ) from error
-    if not isinstance(contents, Mapping) or "state_dict" not in contents:
+    is_lightning = isinstance(contents, Mapping) and "pytorch-lightning_version" in contents
+    if not is_lightning or not isinstance(contents.get("state_dict"), Mapping):
         raise UserError(f"{path} holds no Lightning checkpoint: give a file that `lit-rl fit` wrote")
     return contents

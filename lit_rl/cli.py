@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import warnings
 from argparse import ArgumentError
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_rl import arguments, checkpoints
+from lit_rl import arguments, checkpoints, messages
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.callbacks import EpisodeWriter, EvaluationVideo, FrameProgress, RunRecord
 from lit_rl.data import RolloutDataModule
@@ -27,6 +29,7 @@ from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 
 LOGS = Path("logs")
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
 # What an evaluation takes from the checkpoint's configuration; the Trainer is the present command's own.
 FROM_CHECKPOINT = ("seed_everything", "name", "model", "data", "env", "episodes", "greedy")
 
@@ -49,42 +52,45 @@ class LitRLCLI(LightningCLI):
                 "enable_model_summary": False,
                 **launched_by_torchrun(),
             },
-            seed_everything_default=1,
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "parser_mode": arguments.MODE},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": arguments.MODE},
             args=args,
         )
 
     # ------------------------------------------------------------------ options
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=Seed, default=1, help="Seed of all random states.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(EnvConfig, "env")
         parser.add_argument(
             "--name", type=str, default="run", help="The run's folder is logs/NAME/version_N."
         )
-        parser.add_argument("--episodes", type=int, default=20, help="How many an evaluation runs.")
+        parser.add_argument("--episodes", type=PositiveInt, default=20, help="How many an evaluation runs.")
         parser.add_argument(
             "--greedy", type=bool, default=True, help="Evaluate the policy's mode, else samples."
         )
         parser.add_argument("--video", type=str | None, help="test: folder for a video of one episode.")
         parser.add_argument("--output", type=str | None, help="predict: folder for the episodes.")
-        parser.add_argument("--torch_threads", type=int, default=1, help="Torch's threads in each process.")
+        parser.add_argument(
+            "--torch_threads", type=PositiveInt, default=1, help="Torch's threads in each process."
+        )
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_rl.algorithms.LitPPO"},
                 "data": {"class_path": "lit_rl.data.RolloutDataModule"},
             }
         )
-        parser.link_arguments("env", "model.init_args.env")
-        parser.link_arguments("env", "data.init_args.env")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("episodes", "data.init_args.episodes")
-        parser.link_arguments("greedy", "data.init_args.greedy")
+        for target, source in arguments.LINKED.items():
+            parser.link_arguments(source, target.replace(".", ".init_args.", 1))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        self.subcommand = self.config["subcommand"]
+        arguments.check_options(self.options, {"env": EnvConfig, "trainer": L.Trainer})
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `with_checkpoint_config` has brought in the checkpoint's configuration."""
@@ -110,15 +116,31 @@ class LitRLCLI(LightningCLI):
             found = checkpoints.newest_whole(run, self.options.ckpt_path)
             say(f"no whole checkpoint under {run}: from the start" if found is None else f"from {found}")
             self.options.ckpt_path = None if found is None else str(found)
+        elif self.options.ckpt_path is None and self.options.config is None:
+            raise UserError(f"{self.subcommand} needs a trained agent: give --ckpt_path P (or last, or best)")
+        self.checkpoint: Mapping[str, Any] | None = None
         if self.options.ckpt_path is not None:
             path = Path(self.options.ckpt_path)
-            checkpoints.load(path)
+            self.checkpoint = checkpoints.load(path)
             # A run that goes on keeps its folder, and so its curves.
             self.version = path.parent.parent.name if path.parent.name == "checkpoints" else None
-        if self.subcommand == "predict":
-            check_output(self.options.output)
+        self._check_folders()
         if "verbose" in self.options:
             self.options.verbose = False
+
+    def _check_folders(self) -> None:
+        if self.subcommand == "fit":
+            arguments.check_folder(LOGS / self.options.name)
+        for option, subcommand, new in (("video", "test", False), ("output", "predict", True)):
+            folder = self.options[option]
+            if folder is not None and self.subcommand != subcommand:
+                raise UserError(
+                    f"--{option} is an option of {subcommand}, {self.subcommand} has no use for it"
+                )
+            if folder is not None:
+                arguments.check_folder(Path(folder), new=new)
+        if self.subcommand == "predict" and self.options.output is None:
+            raise UserError("predict writes episodes to disk: say where with --output DIR")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.subcommand is not None
@@ -151,6 +173,13 @@ class LitRLCLI(LightningCLI):
             callbacks += [best, checkpoints.LastCheckpoint()]
         return callbacks
 
+    def after_instantiate_classes(self) -> None:
+        """What does not fit together is refused here, before anything is written."""
+        if self.checkpoint is not None:
+            self.model.check_checkpoint(self.checkpoint)
+        if self.subcommand == "fit":
+            self.model.check_data(self.datamodule)
+
     # ------------------------------------------------------------------ subcommands
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -159,9 +188,6 @@ class LitRLCLI(LightningCLI):
     def run(self) -> None:
         assert self.subcommand is not None
         super()._run_subcommand(self.subcommand)
-
-    def before_fit(self) -> None:
-        self.model.check_data(self.datamodule)
 
     def after_fit(self) -> None:
         trainer = self.trainer
@@ -212,13 +238,6 @@ def launched_by_torchrun() -> dict[str, Any]:
     return {"accelerator": accelerator, "devices": local, "num_nodes": world // local, "strategy": "ddp"}
 
 
-def check_output(folder: str | None) -> None:
-    if folder is None:
-        raise UserError("predict writes episodes to disk: say where with --output DIR")
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise UserError(f"{folder} is not empty: give --output a new folder")
-
-
 def with_checkpoint_config(argv: list[str]) -> list[str]:
     """An evaluation's options, after those of the run that made its checkpoint.
 
@@ -239,17 +258,15 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
     if config is None:
         return [*argv, "--ckpt_path", str(path)]
     kept = {key: value for key, value in yaml.safe_load(config).items() if key in FROM_CHECKPOINT}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(kept, file)
-    return [subcommand, "--config", file.name, *options, "--ckpt_path", str(path)]
+    # `--config` takes a file or its contents.
+    return [subcommand, "--config", yaml.safe_dump(kept), *options, "--ckpt_path", str(path)]
 
 
 def _pairs(options: list[str]) -> list[tuple[str, str]]:
     """``--key value`` and ``--key=value`` as pairs."""
-    following = [*options[1:], ""]
     return [
         (option.partition("=")[0], option.partition("=")[2] if "=" in option else value)
-        for option, value in zip(options, following, strict=True)
+        for option, value in zip_longest(options, options[1:], fillvalue="")
         if option.startswith("--")
     ]
 
@@ -261,28 +278,25 @@ def build(argv: list[str]) -> LitRLCLI:
     except UserError:
         raise
     except Exception as error:
-        if "LIT_RL_TRACEBACK" in os.environ:
-            raise
-        cause = _cause(error)
-        if isinstance(cause, UserError):
-            raise cause from error
-        text = arguments.one_line(str(cause) or type(cause).__name__)
-        hint = (
-            f"see lit-rl {argv[0]} --help"
-            if isinstance(error, ArgumentError)
-            else f"({type(cause).__name__})"
-        )
-        raise UserError(f"{text}; {hint}") from error
+        raise _in_one_line(error, argv) from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """A UserError in the chain of causes, which says it best; else the error itself."""
-    link: BaseException | None = error
-    while link is not None:
+def _in_one_line(error: Exception, argv: list[str]) -> UserError:
+    """The message of whatever went wrong while parsing and building."""
+    links: list[BaseException] = [error]
+    while (link := links[-1].__cause__ or links[-1].__context__) is not None:
+        links.append(link)
+    for link in links:
         if isinstance(link, UserError):
             return link
-        link = link.__cause__ or link.__context__
-    return error
+    configs = " and ".join(value for key, value in _pairs(argv[1:]) if key in ("-c", "--config"))
+    if isinstance(error, ArgumentError):
+        return UserError(f"{messages.one_line(str(error), configs)}; see lit-rl {argv[0]} --help")
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{configs} is not UTF-8 text ({error})")
+    # jsonargparse wraps what a constructor raises.
+    wrapped = next((link for link in links if not str(link).startswith("Does not validate")), error)
+    return UserError(f"{messages.one_line(str(wrapped), configs)} ({type(wrapped).__name__})")
 
 
 def main(argv: list[str]) -> int:
@@ -294,8 +308,8 @@ def main(argv: list[str]) -> int:
     cli = build(argv)
     try:
         cli.run()
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
+    except (MisconfigurationException, MemoryError, OSError) as error:
+        raise UserError(f"{str(error) or 'out of memory'} ({type(error).__name__})") from error
     except SIGTERMException:
         say("stopped by SIGTERM; --ckpt_path last goes on from here")
         return 143

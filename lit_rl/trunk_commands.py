@@ -12,7 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lit_rl import registry
 from lit_rl.errors import UserError
@@ -30,9 +30,14 @@ def main(argv: Sequence[str]) -> int:
     return arguments.command(arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lit-rl trunks", description="Installed trunks: names, checks, new ones."
+    parser = _Parser(
+        prog="lit-rl trunks", description="Installed trunks: names, checks, new ones.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

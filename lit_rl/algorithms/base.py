@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import nn
 
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episode, summarize
 from lit_rl.models.agent import ActorCritic
 
@@ -30,8 +31,7 @@ class LitAgent(L.LightningModule):
 
     def __init__(self, total_frames: int) -> None:
         super().__init__()
-        if total_frames < 1:
-            raise UserError(f"total_frames is {total_frames}: it must be at least 1")
+        check_range({"total_frames": total_frames}, 1)
         self.total_frames = total_frames
         self.frames = 0
         self.automatic_optimization = False
@@ -101,8 +101,8 @@ class LitAgent(L.LightningModule):
         checkpoint["random_state"] = gather_list([random_state()])
         checkpoint["trunk"] = trunk_name(self.agent)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores frames and random states; raises `UserError` where the checkpoint is of another agent."""
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raises `UserError` where a checkpoint is of another agent."""
         saved = {key: value.shape for key, value in checkpoint["state_dict"].items()}
         mine = {key: value.shape for key, value in self.state_dict().items()}
         trunk, my_trunk = checkpoint.get("trunk"), trunk_name(self.agent)
@@ -117,6 +117,9 @@ class LitAgent(L.LightningModule):
                 f"{len(different)} tensors differ{first}: use the trunk, its options and an environment with "
                 "the spaces of the run that made it"
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
         self.frames = checkpoint.get("frames", 0)
         self._random_state = checkpoint.get("random_state")
 

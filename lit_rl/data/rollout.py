@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episodes
 from lit_rl.models.agent import ActorCritic
 
@@ -66,13 +66,9 @@ class RolloutDataModule(L.LightningDataModule):
         evaluation_seed: int = 1_000_000,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("rollout_length", rollout_length),
-            ("frames_per_epoch", frames_per_epoch),
-            ("episodes", episodes),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        sizes = {"rollout_length": rollout_length, "frames_per_epoch": frames_per_epoch, "episodes": episodes}
+        check_range(sizes, 1)
+        check_range({"seed": seed, "evaluation_seed": evaluation_seed}, 0, 2**31 - 1)
         if sequence_length is not None and (sequence_length < 1 or rollout_length % sequence_length):
             raise UserError(
                 f"sequence_length {sequence_length} does not divide rollout_length {rollout_length}: "

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from lit_rl.envs.config import EnvConfig
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 def check_config(config: "EnvConfig", num_envs: int) -> None:
     """Refuse values that no environment could take."""
-    least = {"num_envs": 1, "frame_stack": 1, "reward_delay": 0, "observation_noise": 0.0, "time_limit": 1}
-    values = {name: getattr(config, name) for name in least} | {"num_envs": num_envs}
-    for name, bound in least.items():
-        if values[name] is not None and not values[name] >= bound:  # not >=: NaN is refused, too
-            raise UserError(f"env.{name} is {values[name]}, but must be at least {bound}: raise it")
+    for count in (config.num_envs, num_envs):
+        check_range({"env.num_envs": count}, 1, 2**16)
+    check_range({"env.frame_stack": config.frame_stack}, 1, 1024)
+    check_range({"env.time_limit": config.time_limit}, 1, 2**31 - 1)
+    check_range(
+        {"env.reward_delay": config.reward_delay, "env.observation_noise": config.observation_noise}, 0
+    )
     if config.backend not in ("gymnasium", "envpool"):
         raise UserError(f"env.backend is {config.backend!r}: choose gymnasium or envpool")
     if config.vectorization not in ("sync", "async"):

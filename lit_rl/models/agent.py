@@ -13,6 +13,7 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Generator, Tensor, nn
 
+from lit_rl.errors import UserError
 from lit_rl.models.encoder import Encoder, Observation, is_continuous, orthogonal, parts_of
 from lit_rl.models.heads import policy_head
 from lit_rl.models.normalization import ObservationNorm
@@ -69,12 +70,12 @@ class ActorCritic(nn.Module):
         self.norms = nn.ModuleList(ObservationNorm(continuous[key].shape) for key in self.normalized)  # type: ignore[arg-type]
 
         self.encoder = Encoder(observation_space, encoder_width)
-        self.trunk = trunk(self.encoder.out_features)
+        self.trunk = _build(trunk, self.encoder)
         self.value_encoder: Encoder | None = None
         self.value_trunk: Trunk | None = None
         if value_trunk == "separate":
             self.value_encoder = Encoder(observation_space, encoder_width)
-            self.value_trunk = trunk(self.value_encoder.out_features)
+            self.value_trunk = _build(trunk, self.value_encoder)
         self.is_memoryless: bool = all(t.initial_state(1).is_empty() for t in self.trunks())
         self.policy = policy_head(self.trunk.out_features, action_space, squash=squash, log_std=log_std)
         self.value_head = orthogonal(nn.Linear((self.value_trunk or self.trunk).out_features, 1), gain=1.0)
@@ -171,3 +172,11 @@ class ActorCritic(nn.Module):
         if self.is_dict:
             return {key: observation[key].unsqueeze(1) for key in self.encoder.keys}
         return observation.unsqueeze(1)
+
+
+def _build(trunk: TrunkFactory, encoder: Encoder) -> Trunk:
+    try:
+        return trunk(encoder.out_features)
+    except Exception as error:  # somebody else's constructor, and options that no type tells to be wrong
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the trunk cannot be built ({cause}): check its options") from error

@@ -36,8 +36,9 @@ class MLP(Trunk):
         n_layers: int = 2,
         activation: Literal["tanh", "relu", "silu", "gelu"] = "tanh",
     ) -> None:
-        if n_layers < 1:
-            raise ValueError(f"n_layers must be at least 1, not {n_layers}")
+        for name, size in (("n_layers", n_layers), ("d_model", d_model)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         super().__init__(in_features, out_features=d_model)
