@@ -4,7 +4,11 @@ Shapes: E environments, T steps a rollout, R rollouts one after the other.
 """
 
 import itertools
+import subprocess
+import sys
+from functools import partial
 from math import isnan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from torchrl.envs.transforms import ObservationNorm as TorchRLObservationNorm
 from torchrl.envs.transforms import RenameTransform
 
 from lit_rl import keys
-from lit_rl.collectors import RolloutCollector
+from lit_rl.collectors import RolloutCollector, torchrl_worker
 from lit_rl.envs import EnvConfig
 from lit_rl.envs.torchrl import as_vector_env
 from lit_rl.errors import UserError
@@ -395,6 +399,37 @@ def test_postproc_takes_a_transform_or_a_function() -> None:
     mark = collector_of(scripted_agent(), postproc=lambda rollout: rollout.set("seen", torch.ones(E)))
     rollout = mark.rollout()
     assert rollout["seen"].sum() == E
+
+
+def test_given_weights_are_copied_in() -> None:
+    agent, other = scripted_agent(), scripted_agent()
+    with torch.no_grad():
+        other.value_head.bias.fill_(100.0)
+    collector = collector_of(agent)
+    collector.update_policy_weights_()  # the policy is the caller's own: nothing to do
+    assert collector.rollout()[keys.STEPS, keys.VALUE].max() < 50
+    collector.update_policy_weights_(other)
+    assert collector.rollout()[keys.STEPS, keys.VALUE].min() > 50
+    assert agent.value_head.bias is not other.value_head.bias
+
+
+def test_two_worker_processes() -> None:
+    """Under TorchRL's MultiSyncCollector; in a process of its own, because workers are spawned."""
+    script = Path(__file__).parent / "fixtures" / "two_workers.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("done")
+
+
+@pytest.mark.parametrize(
+    "option", [{"replay_buffer": object()}, {"max_frames_per_traj": 10}, {"reset_when_done": False}]
+)
+def test_workers_refuse_what_they_cannot_honour(option: dict) -> None:
+    usual = {"policy_factory": scripted_agent, "frames_per_batch": E * T, "traj_pool": object()}
+    make = partial(torchrl_worker, lambda: Scripted(ROWS, DISCRETE), **usual)
+    assert make(reset_when_done=True, max_frames_per_traj=0, replay_buffer=None).num_steps == T
+    with pytest.raises(UserError, match=f"cannot honour {next(iter(option))}"):
+        make(**option)
 
 
 def test_a_torchrl_environment_with_transforms() -> None:
