@@ -416,7 +416,7 @@ def test_given_weights_are_copied_in() -> None:
 def test_two_worker_processes() -> None:
     """Under TorchRL's MultiSyncCollector; in a process of its own, because workers are spawned."""
     script = Path(__file__).parent / "fixtures" / "two_workers.py"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("done")
 
