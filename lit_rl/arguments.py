@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 
 from lit_rl import registry
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, check_range
 from lit_rl.messages import type_in_words
 
 MODE = "lit_rl"  # the parser mode that reads YAML with trunk names
@@ -129,6 +129,8 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
     for option in ("name", "seed_everything", "episodes", "greedy", "torch_threads"):
         if options[option] is None:
             raise UserError(f"{option} is null: give a value, or leave it out")
+    check_range({"episodes": options.episodes, "torch_threads": options.torch_threads}, 1)
+    check_range({"seed_everything": options.seed_everything}, 0, 2**31 - 1)
     if Path(options.name).is_absolute() or ".." in Path(options.name).parts:
         raise UserError(f"name {options.name!r} leads out of logs/: give the name of a folder in it")
 

@@ -15,7 +15,6 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,7 +28,6 @@ from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 
 LOGS = Path("logs")
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
 # What an evaluation takes from the checkpoint's configuration; the Trainer is the present command's own.
 FROM_CHECKPOINT = ("seed_everything", "name", "model", "data", "env", "episodes", "greedy")
 
@@ -50,6 +48,7 @@ class LitRLCLI(LightningCLI):
                 "max_epochs": -1,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
+                "enable_autolog_hparams": False,  # `RunRecord` logs them, with the final metrics
                 **launched_by_torchrun(),
             },
             save_config_callback=None,
@@ -62,22 +61,20 @@ class LitRLCLI(LightningCLI):
     # ------------------------------------------------------------------ options
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=Seed, default=1, help="Seed of all random states.")
+        parser.add_argument("--seed_everything", type=int, default=1, help="Seed of all random states.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(EnvConfig, "env")
         parser.add_argument(
             "--name", type=str, default="run", help="The run's folder is logs/NAME/version_N."
         )
-        parser.add_argument("--episodes", type=PositiveInt, default=20, help="How many an evaluation runs.")
+        parser.add_argument("--episodes", type=int, default=20, help="How many an evaluation runs.")
         parser.add_argument(
             "--greedy", type=bool, default=True, help="Evaluate the policy's mode, else samples."
         )
         parser.add_argument("--video", type=str | None, help="test: folder for a video of one episode.")
         parser.add_argument("--output", type=str | None, help="predict: folder for the episodes.")
-        parser.add_argument(
-            "--torch_threads", type=PositiveInt, default=1, help="Torch's threads in each process."
-        )
+        parser.add_argument("--torch_threads", type=int, default=1, help="Torch's threads in each process.")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_rl.algorithms.LitPPO"},
@@ -116,7 +113,7 @@ class LitRLCLI(LightningCLI):
             found = checkpoints.newest_whole(run, self.options.ckpt_path)
             say(f"no whole checkpoint under {run}: from the start" if found is None else f"from {found}")
             self.options.ckpt_path = None if found is None else str(found)
-        elif self.options.ckpt_path is None and self.options.config is None:
+        elif self.subcommand != "fit" and self.options.ckpt_path is None and self.options.config is None:
             raise UserError(f"{self.subcommand} needs a trained agent: give --ckpt_path P (or last, or best)")
         self.checkpoint: Mapping[str, Any] | None = None
         if self.options.ckpt_path is not None:
@@ -175,6 +172,7 @@ class LitRLCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """What does not fit together is refused here, before anything is written."""
+        self.model.check_precision(self.trainer.precision)
         if self.checkpoint is not None:
             self.model.check_checkpoint(self.checkpoint)
         if self.subcommand == "fit":
@@ -192,7 +190,7 @@ class LitRLCLI(LightningCLI):
     def after_fit(self) -> None:
         trainer = self.trainer
         self._say_evaluation("val")
-        if trainer.log_dir is not None and trainer.is_global_zero:
+        if trainer.log_dir is not None and trainer.loggers and trainer.is_global_zero:
             run = Path(os.path.relpath(trainer.log_dir))
             for title, path in (
                 ("learning curve", run / "learning_curve.png"),

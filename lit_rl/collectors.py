@@ -23,6 +23,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import ExplorationType
 
 from lit_rl import keys
+from lit_rl.envs.vector import map_leaves
 from lit_rl.errors import UserError
 from lit_rl.models.agent import ActorCritic
 
@@ -149,6 +150,8 @@ class RolloutCollector(BaseCollector):
         for key in EPISODE:
             self._float[key].fill(np.nan)
 
+        values_can_wait = self.policy.values_can_wait
+
         states: list[TensorDict] = []
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
@@ -162,12 +165,14 @@ class RolloutCollector(BaseCollector):
                     to_tensor(self._current, self.device),
                     self._state,
                     torch.from_numpy(self._is_init).to(self.device),
+                    with_value=not values_can_wait,
                     generator=self.generator,
                 )
                 self._state = step.state
                 self._action[:, t] = step.action.cpu().numpy()
                 log_prob[:, t] = step.log_prob.cpu().numpy()
-                value[:, t] = step.value.cpu().numpy()
+                if step.value is not None:
+                    value[:, t] = step.value.cpu().numpy()
 
                 self._current, reward, terminated, truncated, info = self.env.step(
                     self.policy.to_env(step.action).cpu().numpy()
@@ -181,12 +186,20 @@ class RolloutCollector(BaseCollector):
                 if self._is_init.any():
                     cut = truncated & ~terminated
                     if cut.any():
-                        bootstraps.append((cut, t, self._value(info["final_obs"], np.zeros(E, bool))))
+                        bootstraps.append(
+                            (cut, t, self._value(info["final_obs"], self._state, np.zeros(E, bool)))
+                        )
                     self._close_episodes(t, info)
 
+            if values_can_wait:
+                every_step = map_leaves(
+                    lambda array: array.reshape(E * T, *array.shape[2:]), self._observation
+                )
+                state, no_reset = self.policy.initial_state(E * T), np.zeros(E * T, bool)
+                value[:] = self._value(every_step, state, no_reset).reshape(E, T)
             # V of the next observation: the next column, but where an episode was cut short.
             next_value[:, :-1] = value[:, 1:]
-            next_value[:, -1] = self._value(self._current, self._is_init)
+            next_value[:, -1] = self._value(self._current, self._state, self._is_init)
         for cut, t, final_value in bootstraps:
             next_value[cut, t] = final_value[cut]
         next_value[terminated_at] = 0.0
@@ -197,9 +210,9 @@ class RolloutCollector(BaseCollector):
         self._frames += E * T
         return self._assemble(states)
 
-    def _value(self, observation: Arrays, is_init: np.ndarray) -> np.ndarray:
+    def _value(self, observation: Arrays, state: TensorDict, is_init: np.ndarray) -> np.ndarray:
         reset = torch.from_numpy(is_init).to(self.device)
-        return self.policy.value(to_tensor(observation, self.device), self._state, reset).cpu().numpy()
+        return self.policy.value(to_tensor(observation, self.device), state, reset).cpu().numpy()
 
     def _close_episodes(self, t: int, info: dict[str, Any]) -> None:
         ended = self._is_init

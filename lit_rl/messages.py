@@ -46,6 +46,7 @@ def one_line(message: str, configs: str = "") -> str:
     for pattern, form in _CAUSES:
         if match := pattern.search(text):
             kind, value = match.groups()
+            value = "null" if value == "None" else value
             return form.format(
                 where=where or "the configuration", type=type_in_words(kind), value=_cut(value, 100)
             )

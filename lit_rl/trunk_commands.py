@@ -31,14 +31,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lit-rl trunks", description="Installed trunks: names, checks, new ones.", allow_abbrev=False
-    )
+    parser = _Parser(prog="lit-rl trunks", description="Installed trunks: names, checks, new ones.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="every registered trunk, from package metadata alone")

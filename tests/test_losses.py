@@ -18,6 +18,7 @@ from lit_rl.envs import EnvConfig
 from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
 from lit_rl.models.agent import ActorCritic
 from lit_rl.models.heads import Gaussian
+from lit_rl.trunks import Trunk
 
 
 def test_clipped_surrogate_by_hand() -> None:
@@ -104,12 +105,23 @@ def minibatch(agent: ActorCritic, observation: torch.Tensor) -> TensorDict:
     return TensorDict(steps, [n, 1])
 
 
+class Features(torch.nn.Module):
+    """A memoryless trunk as a plain network."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trunk(x, self.trunk.initial_state(len(x)), torch.zeros(x.shape[:2], dtype=torch.bool))[0]
+
+
 class Parameters(torch.nn.Module):
     """The policy's trunk and head as TorchRL's distributions want them: logits, or mean and scale."""
 
     def __init__(self, agent: ActorCritic) -> None:
         super().__init__()
-        self.trunk, self.head = agent.trunk.layers, agent.policy
+        self.trunk, self.head = Features(agent.trunk), agent.policy
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         params = self.head(self.trunk(observation))
@@ -138,7 +150,9 @@ def test_ppo_loss_agrees_with_torchrl(env_id: str, value_clip: float | None) -> 
         in_keys=["logits"] if discrete else ["loc", "scale"],
         distribution_class=Categories if discrete else lambda loc, scale: Independent(Normal(loc, scale), 1),
     )
-    critic = ValueOperator(torch.nn.Sequential(agent.value_trunk.layers, agent.value_head), ["observation"])
+    critic = ValueOperator(
+        torch.nn.Sequential(Features(agent.value_trunk), agent.value_head), ["observation"]
+    )
     oracle = ClipPPOLoss(
         actor,
         critic,

@@ -40,9 +40,13 @@ class LitAgent(L.LightningModule):
         self._random_state: list[Any] | None = None
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+        self.check_precision(self.trainer.precision)
+
+    def check_precision(self, precision: str) -> None:
+        """Raises `UserError` for a precision of the Trainer under which ratios would not be 1."""
+        if precision not in ("32-true", "bf16-mixed"):
             raise UserError(
-                f"precision {self.trainer.precision} is not supported: use 32-true or bf16-mixed (heads and "
+                f"precision {precision} is not supported: use 32-true or bf16-mixed (heads and "
                 "losses need float32, and there is no loss scaling)"
             )
 

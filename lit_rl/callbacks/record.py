@@ -28,10 +28,11 @@ class RunRecord(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not at set-up: whatever is wrong with a configuration has been found by now.
-        if trainer.is_global_zero and trainer.log_dir is not None:
+        if trainer.is_global_zero and trainer.loggers and trainer.log_dir is not None:
             Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
             Path(trainer.log_dir, "config.yaml").write_text(self.config)
             if isinstance(trainer.logger, TensorBoardLogger):
+                trainer.logger.hparams.update(flatten(yaml.safe_load(self.config)))  # for its hparams.yaml
                 trainer.logger.experiment.add_text("config", f"```yaml\n{self.config}\n```")
 
     def on_save_checkpoint(

@@ -29,8 +29,8 @@ class Action(NamedTuple):
     """As sampled, ``[N, *action_shape]``; `ActorCritic.to_env` gives the environment's form."""
     log_prob: Tensor
     """``[N]``"""
-    value: Tensor
-    """``[N]``"""
+    value: Tensor | None
+    """``[N]``, unless left out"""
     state: TensorDict
     """Trunk state after this step, ``[N]``."""
 
@@ -38,7 +38,9 @@ class Action(NamedTuple):
 class ActorCritic(nn.Module):
     """A policy and a value function over any trunk.
 
-    `is_memoryless` tells whether every step stands alone, so that minibatches may split sequences.
+    `is_memoryless` tells whether every step stands alone, so that minibatches may split sequences;
+    `values_can_wait`, whether values share nothing with acting, so that one pass over a whole rollout
+    gives them for less than one pass a step.
 
     Args:
         observation_space, action_space: of a single environment.
@@ -77,6 +79,7 @@ class ActorCritic(nn.Module):
             self.value_encoder = Encoder(observation_space, encoder_width)
             self.value_trunk = _build(trunk, self.value_encoder)
         self.is_memoryless: bool = all(t.initial_state(1).is_empty() for t in self.trunks())
+        self.values_can_wait: bool = self.is_memoryless and self.value_trunk is not None
         self.policy = policy_head(self.trunk.out_features, action_space, squash=squash, log_std=log_std)
         self.value_head = orthogonal(nn.Linear((self.value_trunk or self.trunk).out_features, 1), gain=1.0)
 
@@ -115,15 +118,16 @@ class ActorCritic(nn.Module):
             )
             if not self.is_memoryless:
                 state = TensorDict({"policy": policy_state, "value": value_state}, state.batch_size)
-        return *self._heads(policy_features, value_features), state
+        params = self._in_float32(self.policy, policy_features)
+        return params, self._in_float32(self.value_head, value_features).squeeze(-1), state
 
-    def _heads(self, policy_features: Tensor, value_features: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_float32(self, head: nn.Module, features: Tensor) -> Tensor:
         """Heads run in float32 whatever the precision of the trunk: ratios need every digit."""
-        device = policy_features.device.type
+        device = features.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._heads(policy_features.float(), value_features.float())
-        return self.policy(policy_features), self.value_head(value_features).squeeze(-1)
+                return head(features.float())
+        return head(features)
 
     @torch.no_grad()
     def act(
@@ -133,18 +137,33 @@ class ActorCritic(nn.Module):
         is_init: Tensor,
         *,
         greedy: bool = False,
+        with_value: bool = True,
         generator: Generator | None = None,
     ) -> Action:
-        """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``."""
-        params, value, state = self(self._add_time(observation), state, is_init.unsqueeze(1))
+        """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``.
+
+        Without its value only where `values_can_wait`.
+        """
+        observation, is_init = self._add_time(observation), is_init.unsqueeze(1)
+        value: Tensor | None = None
+        if with_value:
+            params, value, state = self(observation, state, is_init)
+            value = value.squeeze(1)
+        else:
+            features, _ = self.trunk(self.encoder(self._normalize(observation)), state, is_init)
+            params = self._in_float32(self.policy, features)
         params = params.squeeze(1)
         action = self.policy.mode(params) if greedy else self.policy.sample(params, generator)
-        return Action(action, self.policy.log_prob(params, action), value.squeeze(1), state)
+        return Action(action, self.policy.log_prob(params, action), value, state)
 
     @torch.no_grad()
     def value(self, observation: Observation, state: TensorDict, is_init: Tensor) -> Tensor:
         """Values ``[N]`` of observations ``[N, ...]`` seen after `state`."""
-        return self(self._add_time(observation), state, is_init.unsqueeze(1))[1].squeeze(1)
+        observation, is_init = self._add_time(observation), is_init.unsqueeze(1)
+        if self.values_can_wait and self.value_trunk is not None and self.value_encoder is not None:
+            features, _ = self.value_trunk(self.value_encoder(self._normalize(observation)), state, is_init)
+            return self._in_float32(self.value_head, features).flatten()
+        return self(observation, state, is_init)[1].squeeze(1)
 
     def to_env(self, action: Tensor) -> Tensor:
         """The action in the environment's own units."""
