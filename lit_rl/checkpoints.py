@@ -24,15 +24,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
+            partial.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(
+                f"cannot write {target} ({reason}): the checkpoint before it is whole; make room, then go on "
+                "with --ckpt_path last"
+            ) from error
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt` after every epoch, and when the run is told to stop (SIGTERM, Ctrl-C)."""
+    """`last.ckpt` after every epoch, and when the run is told to stop (see `callbacks.stop`)."""
 
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
@@ -41,7 +49,8 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         # Any other exception may have left weights half-way through an update.
-        if isinstance(exception, SIGTERMException | KeyboardInterrupt) and trainer.training:
+        told = isinstance(exception, SIGTERMException) and trainer.training
+        if told and self._last_global_step_saved < trainer.global_step:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -50,16 +59,23 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # whatever damage makes of an archive's tables
         return False
 
 
 def newest_whole(root: Path, name: str = "last") -> Path | None:
-    """The most recent whole `name`.ckpt of all runs under `root`; None if there is none."""
-    found = sorted(
-        root.glob(f"**/checkpoints/{name}.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    return next((path for path in found if is_whole(path)), None)
+    """A whole checkpoint of the newest run under `root` that has one; None if none has.
+
+    `last` is a run's last.ckpt or, where that is damaged, its newest other one; any other name only itself.
+    """
+    runs: dict[Path, list[tuple[bool, float, Path]]] = {}
+    for path in root.glob("**/checkpoints/*.ckpt"):
+        runs.setdefault(path.parent, []).append((path.stem == name, path.stat().st_mtime, path))
+    for found in sorted(runs.values(), key=lambda found: max(time for _, time, _ in found), reverse=True):
+        for is_named, _, path in sorted(found, reverse=True):
+            if (is_named or name == "last") and is_whole(path):
+                return path
+    return None
 
 
 def load(path: Path) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -20,9 +22,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lit_rl import arguments, checkpoints, messages
+from lit_rl import arguments, checkpoints, messages, ranks
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.callbacks import EpisodeWriter, EvaluationVideo, FrameProgress, RunRecord
+from lit_rl.callbacks import EpisodeWriter, EvaluationVideo, FrameProgress, RunRecord, StopOnSignal, Stopped
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
@@ -111,7 +113,11 @@ class LitRLCLI(LightningCLI):
         if self.subcommand == "fit" and self.options.ckpt_path in ("last", "best"):
             run = LOGS / self.options.name
             found = checkpoints.newest_whole(run, self.options.ckpt_path)
-            say(f"no whole checkpoint under {run}: from the start" if found is None else f"from {found}")
+            if found is None:
+                say(f"no whole checkpoint under {run}: from the start")
+            else:
+                is_it = found.stem == self.options.ckpt_path
+                say(f"from {found}" + ("" if is_it else " (last.ckpt is missing or damaged)"))
             self.options.ckpt_path = None if found is None else str(found)
         elif self.subcommand != "fit" and self.options.ckpt_path is None and self.options.config is None:
             raise UserError(f"{self.subcommand} needs a trained agent: give --ckpt_path P (or last, or best)")
@@ -120,7 +126,9 @@ class LitRLCLI(LightningCLI):
             path = Path(self.options.ckpt_path)
             self.checkpoint = checkpoints.load(path)
             # A run that goes on keeps its folder, and so its curves.
-            self.version = path.parent.parent.name if path.parent.name == "checkpoints" else None
+            run = path.resolve().parent.parent
+            if path.parent.name == "checkpoints" and run.parent == (LOGS / self.options.name).resolve():
+                self.version = run.name
         self._check_folders()
         if "verbose" in self.options:
             self.options.verbose = False
@@ -144,19 +152,25 @@ class LitRLCLI(LightningCLI):
         configured = self.config_init[self.subcommand]["trainer"]
         fits = self.subcommand == "fit"
         if configured["logger"] is None:
-            name, version = self.options.name, self.version
-            kwargs["logger"] = TensorBoardLogger(LOGS, name=name, version=version) if fits else False
+            kwargs["logger"] = self._logger() if fits else False
         kwargs["callbacks"] = [*(configured["callbacks"] or []), *self._callbacks(configured)]
         kwargs["plugins"] = [*(configured["plugins"] or []), checkpoints.AtomicCheckpointIO()]
         kwargs["enable_progress_bar"] = fits and configured["enable_progress_bar"] is not False
         return super().instantiate_trainer(**kwargs)
+
+    def _logger(self) -> TensorBoardLogger:
+        # What a killed run wrote after its checkpoint is seen no more: it is trained again.
+        seen = (
+            {"purge_step": self.checkpoint.get("frames", 0) + 1} if self.version and self.checkpoint else {}
+        )
+        return TensorBoardLogger(LOGS, name=self.options.name, version=self.version, **seen)
 
     def _callbacks(self, configured: Namespace) -> list[L.Callback]:
         if self.subcommand == "predict":
             return [EpisodeWriter(Path(self.options.output))]
         if self.subcommand != "fit":
             return [EvaluationVideo(self.options.video and Path(self.options.video))]
-        callbacks: list[L.Callback] = [RunRecord(self.config_text()), EvaluationVideo()]
+        callbacks: list[L.Callback] = [RunRecord(self.config_text()), EvaluationVideo(), StopOnSignal()]
         if configured["enable_progress_bar"] is not False:
             callbacks.append(FrameProgress())
         if configured["enable_checkpointing"] is not False:
@@ -185,13 +199,31 @@ class LitRLCLI(LightningCLI):
 
     def run(self) -> None:
         assert self.subcommand is not None
-        super()._run_subcommand(self.subcommand)
+        try:
+            super()._run_subcommand(self.subcommand)
+        except SIGTERMException:
+            raise
+        except BaseException as error:
+            if not ranks.peer_is_gone(error):
+                for process in self._started():  # they would wait for this one
+                    process.kill()
+            raise
+
+    def _started(self) -> list[subprocess.Popen]:
+        """The other processes, where this one has started them."""
+        return getattr(self.trainer.strategy.launcher, "procs", [])
+
+    def exit_code_of_others(self) -> int:
+        """Of the first process that this one has started and that failed; 1 where another started them."""
+        codes = [process.wait() for process in self._started()]
+        return next((code if code > 0 else 128 - code for code in codes if code), 1)
 
     def after_fit(self) -> None:
         trainer = self.trainer
         self._say_evaluation("val")
-        if trainer.log_dir is not None and trainer.loggers and trainer.is_global_zero:
-            run = Path(os.path.relpath(trainer.log_dir))
+        folder = trainer.log_dir  # asks all processes: every one must come by
+        if folder is not None and trainer.loggers and trainer.is_global_zero:
+            run = Path(os.path.relpath(folder))
             for title, path in (
                 ("learning curve", run / "learning_curve.png"),
                 ("checkpoint", run / "checkpoints" / "last.ckpt"),
@@ -223,7 +255,7 @@ class LitRLCLI(LightningCLI):
 
 def say(text: str) -> None:
     """Prints, in one of the processes of a run."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         print(text, flush=True)
 
 
@@ -232,8 +264,10 @@ def launched_by_torchrun() -> dict[str, Any]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {}
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    accelerator = os.environ.get("LT_ACCELERATOR", "auto")
-    return {"accelerator": accelerator, "devices": local, "num_nodes": world // local, "strategy": "ddp"}
+    defaults = {"accelerator": "auto", "devices": local, "num_nodes": world // local, "strategy": "ddp"}
+    # What `fabric run` was told.
+    told = {name: os.environ.get(f"LT_{name.upper()}") for name in ("accelerator", "strategy", "precision")}
+    return defaults | {name: value for name, value in told.items() if value is not None}
 
 
 def with_checkpoint_config(argv: list[str]) -> list[str]:
@@ -303,12 +337,18 @@ def main(argv: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Lightning speaks of worker processes, which loaders of rollouts and episodes have no use for.
     warnings.filterwarnings("ignore", module="lightning")
+    ranks.end_with_rank_0()
     cli = build(argv)
     try:
         cli.run()
     except (MisconfigurationException, MemoryError, OSError) as error:
         raise UserError(f"{str(error) or 'out of memory'} ({type(error).__name__})") from error
-    except SIGTERMException:
-        say("stopped by SIGTERM; --ckpt_path last goes on from here")
-        return 143
+    except SIGTERMException as error:
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGTERM
+        say(f"stopped by {signum.name}" + ("; --ckpt_path last goes on" if argv[0] == "fit" else ""))
+        return 128 + signum
+    except RuntimeError as error:
+        if not ranks.peer_is_gone(error):
+            raise
+        return cli.exit_code_of_others()  # they have said why
     return 0

@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from tensordict import TensorDict
 from torch import nn
 
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episode, summarize
 from lit_rl.models.agent import ActorCritic
+from lit_rl.ranks import gather_list
 
 
 class LitAgent(L.LightningModule):
@@ -135,15 +135,6 @@ def _shape(shape: torch.Size | None) -> str:
 def trunk_name(agent: nn.Module) -> str:
     trunk = type(agent.trunk)
     return f"{trunk.__module__}.{trunk.__qualname__}"
-
-
-def gather_list(mine: list[Any]) -> list[Any]:
-    """The lists of all ranks, in order of rank, as one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return mine
-    lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, mine)
-    return [item for part in lists for item in part]
 
 
 def random_state() -> dict[str, Any]:

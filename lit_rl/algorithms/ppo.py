@@ -27,6 +27,7 @@ from lit_rl.errors import UserError, check_range
 from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
 from lit_rl.models.agent import ActorCritic, TrunkFactory
 from lit_rl.models.normalization import RewardScale, reduce_sum, world_size
+from lit_rl.ranks import together
 from lit_rl.returns import discounted_return, explained_variance, generalized_advantage
 from lit_rl.trunks import MLP
 
@@ -191,7 +192,7 @@ class LitPPO(LitAgent):
 
         self._add_advantages(steps_ET)
         steps_NT, state_N = self._sequences(steps_ET.select(*LEARNT_FROM), rollout[keys.TRUNK_STATE])
-        metrics = self._learn(steps_NT, state_N, **schedule)
+        metrics = together(lambda: self._learn(steps_NT, state_N, **schedule))
         # Only now: a rollout and its update must see the same features.
         self.agent.update_normalization(steps_ET[keys.OBSERVATION])
 

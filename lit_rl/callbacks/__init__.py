@@ -3,6 +3,7 @@
 from lit_rl.callbacks.episodes import EpisodeWriter
 from lit_rl.callbacks.progress import FrameProgress
 from lit_rl.callbacks.record import RunRecord
+from lit_rl.callbacks.stop import StopOnSignal, Stopped
 from lit_rl.callbacks.video import EvaluationVideo
 
-__all__ = ["EpisodeWriter", "EvaluationVideo", "FrameProgress", "RunRecord"]
+__all__ = ["EpisodeWriter", "EvaluationVideo", "FrameProgress", "RunRecord", "StopOnSignal", "Stopped"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ class RunRecord(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not at set-up: whatever is wrong with a configuration has been found by now.
-        if trainer.is_global_zero and trainer.loggers and trainer.log_dir is not None:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            Path(trainer.log_dir, "config.yaml").write_text(self.config)
+        folder = trainer.log_dir  # asks all processes: every one must come by
+        if trainer.is_global_zero and trainer.loggers and folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, "config.yaml").write_text(self.config)
             if isinstance(trainer.logger, TensorBoardLogger):
                 trainer.logger.hparams.update(flatten(yaml.safe_load(self.config)))  # for its hparams.yaml
                 trainer.logger.experiment.add_text("config", f"```yaml\n{self.config}\n```")
@@ -67,6 +69,8 @@ def draw_learning_curve(run: Path) -> Path | None:
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # It tells, at length, that a resumed run has purged what came after its checkpoint.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
-import torch.distributed as dist
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
@@ -16,6 +15,7 @@ from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episodes
 from lit_rl.models.agent import ActorCritic
+from lit_rl.ranks import gather_list, together
 
 
 class RolloutLoader:
@@ -30,7 +30,7 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[TensorDict]:
         for _ in range(self.rollouts):
-            yield self.collector.rollout()
+            yield together(self.collector.rollout)
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -66,6 +66,8 @@ class RolloutDataModule(L.LightningDataModule):
         evaluation_seed: int = 1_000_000,
     ) -> None:
         super().__init__()
+        # Fewer episodes than processes: some evaluate none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         sizes = {"rollout_length": rollout_length, "frames_per_epoch": frames_per_epoch, "episodes": episodes}
         check_range(sizes, 1)
         check_range({"seed": seed, "evaluation_seed": evaluation_seed}, 0, 2**31 - 1)
@@ -124,15 +126,16 @@ class RolloutDataModule(L.LightningDataModule):
     def _episodes(self, *, record: bool = False) -> Episodes:
         trainer = self.trainer
         assert trainer is not None
-        share = -(-self.episodes // trainer.world_size)
-        env = self.env.make(num_envs=min(share, 16))
+        rank, world_size = trainer.global_rank, trainer.world_size
+        share = self.episodes // world_size + (rank < self.episodes % world_size)
+        env = self.env.make(num_envs=max(1, min(share, 16)))
         self._evaluation_envs.append(env)
         return Episodes(
             env,
             self._agent,
             share,
             greedy=self.greedy,
-            seed=self.evaluation_seed + 10_000 * trainer.global_rank,
+            seed=self.evaluation_seed + 10_000 * rank,
             record=record,
             context=trainer.precision_plugin.forward_context,
         )
@@ -159,12 +162,7 @@ class RolloutDataModule(L.LightningDataModule):
         """The collectors' random states and frame counts, one for each rank."""
         if self.collector is None:
             return {}
-        mine = dict(self.collector.state_dict())
-        if not (dist.is_available() and dist.is_initialized()):
-            return {"collectors": [mine]}
-        collectors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(collectors, mine)
-        return {"collectors": collectors}
+        return {"collectors": gather_list([dict(self.collector.state_dict())])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
