@@ -1,0 +1,133 @@
+"""Trunks by name, in options and in YAML, and configurations that come back as they were printed."""
+
+import pytest
+import yaml
+from cli_helpers import CARTPOLE, ROOT, TINY
+
+from lit_rl import cli
+from lit_rl.trunks import GRU, LSTM, MLP
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def built(*options):
+    return cli.build(
+        ["fit", "--config", str(CARTPOLE), *TINY, "--model.num_minibatches=1", *map(str, options)]
+    )
+
+
+def printed(lit_rl, *arguments):
+    done = lit_rl("fit", *arguments, "--print_config")
+    assert done.code == 0, done.err
+    return done.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.trunk", "gru", "--model.trunk.d_model", "128"],
+        ["--model.trunk=gru", "--model.trunk.d_model=128"],
+        ["--model.trunk=lit-rl/gru", "--model.trunk.d_model=128"],
+        ["--model.trunk=lit_rl.trunks.GRU", "--model.trunk.d_model=128"],
+        ["--model.trunk.class_path=gru", "--model.trunk.init_args.d_model=128"],
+        ["--model.init_args.trunk=gru", "--model.init_args.trunk.init_args.d_model=128"],
+        ['--model.trunk={"class_path": "gru", "init_args": {"d_model": 128}}'],
+    ],
+)
+def test_a_trunk_by_name_and_its_options(options, lit_rl):
+    trunk = built(*options).model.agent.trunk
+    assert type(trunk) is GRU
+    assert trunk.out_features == 128
+    assert trunk.rnn.num_layers == 1
+
+
+def test_a_trunk_of_another_package(lit_rl):
+    plugin = pytest.importorskip("lit_rl_mingru")
+    trunk = built("--model.trunk=lit-rl-mingru/mingru").model.agent.trunk
+    assert type(trunk) is plugin.MinGRU
+
+
+def write(folder, trunk):
+    config = yaml.safe_load(CARTPOLE.read_text())
+    config["model"]["init_args"]["trunk"] = trunk
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize("trunk", ["gru", {"class_path": "gru"}, {"class_path": "lit-rl/gru"}])
+def test_a_trunk_by_name_in_yaml(tmp_path, lit_rl, trunk):
+    tree = yaml.safe_load(printed(lit_rl, f"--config={write(tmp_path, trunk)}"))
+    assert tree["model"]["init_args"]["trunk"] == {
+        "class_path": "lit_rl.trunks.GRU",
+        "init_args": {"d_model": 128, "n_layers": 1},
+    }
+
+
+def test_options_of_a_trunk_in_yaml(tmp_path, lit_rl):
+    path = write(tmp_path, {"class_path": "gru", "init_args": {"d_model": 32}})
+    trunk = built("--config", path).model.agent.trunk
+    assert (type(trunk), trunk.out_features) == (GRU, 32)
+
+
+def test_another_trunk_keeps_no_options_of_the_one_it_replaces(tmp_path, lit_rl):
+    path = write(tmp_path, {"class_path": "mlp", "init_args": {"d_model": 16, "n_layers": 3}})
+    agent = built("--config", path).model.agent
+    assert (type(agent.trunk), agent.trunk.out_features) == (MLP, 16)
+    agent = built("--config", path, "--model.trunk=lstm").model.agent
+    assert (type(agent.trunk), agent.trunk.out_features, agent.trunk.rnn.num_layers) == (LSTM, 128, 1)
+    # The same trunk named anew starts from its own defaults, too.
+    assert built("--config", path, "--model.trunk=mlp").model.agent.trunk.out_features == 64
+
+
+def test_one_option_of_the_trunk_in_yaml(tmp_path, lit_rl):
+    path = write(tmp_path, {"class_path": "mlp", "init_args": {"d_model": 16, "n_layers": 3}})
+    trunk = built("--config", path, "--model.trunk.d_model=24").model.agent.trunk
+    assert (type(trunk), trunk.out_features, len(trunk.layers)) == (MLP, 24, 3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_printed_configurations_come_back(path, tmp_path, lit_rl):
+    first = printed(lit_rl, "--config", path)
+    (tmp_path / "printed.yaml").write_text(first)
+    second = printed(lit_rl, "--config", "printed.yaml")
+    assert second == first
+    assert yaml.safe_load(first)["env"]["id"] == yaml.safe_load(path.read_text())["env"]["id"]
+
+
+def test_a_printed_configuration_with_another_trunk_trains_the_same(tmp_path, lit_rl, fit):
+    options = ["--model.trunk", "gru", "--model.trunk.d_model", "8", "--model.num_minibatches=1"]
+    (tmp_path / "gru.yaml").write_text(printed(lit_rl, "--config", CARTPOLE, *TINY, *options))
+    direct, again = fit(*options), lit_rl("fit", "--config", "gru.yaml")
+    assert direct.code == again.code == 0, again.err
+    versions = [tmp_path / f"logs/ppo_cartpole/version_{i}" for i in (0, 1)]
+    assert (versions[0] / "config.yaml").read_text() == (versions[1] / "config.yaml").read_text()
+    evaluation = [line for line in direct.out.splitlines() if line.startswith("evaluation:")]
+    assert evaluation
+    assert evaluation == [line for line in again.out.splitlines() if line.startswith("evaluation:")]
+
+
+@pytest.mark.parametrize("form", [["--model.trunk.help", "gru"], ["--model.trunk.help=lit-rl/gru"]])
+def test_help_of_a_trunk(lit_rl, form):
+    done = lit_rl("fit", *form)
+    assert done.code == 0
+    assert "lit_rl.trunks.GRU" in done.out
+    assert "d_model D_MODEL" in done.out
+    assert "(type: int, default: 128)" in done.out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_trains(path, lit_rl, tmp_path):
+    data = yaml.safe_load(path.read_text())["data"]["init_args"]
+    done = lit_rl(
+        "fit",
+        f"--config={path}",
+        f"--data.rollout_length={max(64, 2 * (data.get('sequence_length') or 1))}",
+        "--data.frames_per_epoch=1",
+        "--model.total_frames=1",
+        "--model.num_epochs=1",
+        "--env.time_limit=20",
+        "--episodes=1",
+    )
+    assert done.code == 0, done.err
+    assert "evaluation: return " in done.out
+    assert len(list(tmp_path.glob("logs/*/version_0/checkpoints/last.ckpt"))) == 1
