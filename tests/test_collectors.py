@@ -308,6 +308,18 @@ def test_state_dict() -> None:
     assert not torch.isin(start, column(first, keys.OBSERVATION)).any()  # other episodes than before
 
 
+def test_resuming_elsewhere_starts_other_episodes() -> None:
+    """Environments are seeded anew by the seed and the frame count of the saved run."""
+    agent = make_agent(EnvConfig("CartPole-v1", num_envs=2))
+    starts = []
+    for seed, rollouts in ((3, 1), (3, 2), (4, 1)):
+        collector = cartpole(seed, agent)
+        collect(collector, rollouts)
+        collector.load_state_dict(collector.state_dict())
+        starts.append(column(collect(collector, 1), keys.OBSERVATION)[:, 0])
+    assert len(torch.cat(starts).unique(dim=0)) == 6
+
+
 # ------------------------------------------------------------------ other spaces
 
 
