@@ -1,5 +1,7 @@
 """Evaluation: as many episodes as asked for, none preferred, nothing moves."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -203,6 +205,24 @@ def test_predict_gives_episodes() -> None:
     episodes = make_trainer().predict(ppo(env), datamodule=RolloutDataModule(env, episodes=3))
     assert len(episodes) == 3
     assert all(isinstance(episode, TensorDict) and episode.batch_size == (3,) for episode in episodes)
+
+
+def test_options_reach_the_episodes() -> None:
+    env = EnvConfig("lit_rl/Bandit-v0", num_envs=2)
+    torch.manual_seed(0)
+    model = ppo(env)
+
+    def actions(**options: Any) -> torch.Tensor:
+        data = RolloutDataModule(env, episodes=4, **options)
+        return torch.cat([episode["action"] for episode in make_trainer().predict(model, datamodule=data)])
+
+    greedy = actions()
+    assert torch.equal(actions(seed=5), greedy)  # that of training has no part in it
+    assert not torch.equal(actions(evaluation_seed=5), greedy)
+    sampled = actions(greedy=False)
+    assert (sampled - greedy).abs().max() > 0.1  # a new policy: standard deviation 1 about nearly 0
+    assert torch.equal(actions(greedy=False), sampled)
+    assert not torch.equal(actions(greedy=False, evaluation_seed=5), sampled)
 
 
 def test_environments_are_closed() -> None:

@@ -162,6 +162,29 @@ def test_every_sequence_is_learnt_from_once_an_epoch() -> None:
         assert not torch.equal(epoch, epochs[0])  # in another order
 
 
+@pytest.mark.parametrize("trunk", ["mlp", "gru"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_advantages_are_normalized_in_each_minibatch(normalize: bool, trunk: str) -> None:
+    learnt_from: list[Tensor] = []
+
+    class Counting(Watched):
+        def _loss(self, steps_MT: Any, *args: Any) -> Any:
+            learnt_from.append(steps_MT[keys.ADVANTAGE].clone())
+            return super()._loss(steps_MT, *args)
+
+    model, _ = train(walk(), trunk, algorithm=Counting, normalize_advantage=normalize, num_epochs=2)
+    assert [advantage.numel() for advantage in learnt_from] == [32] * 4
+    raw = model.rows[0][keys.ADVANTAGE]
+    for advantage in learnt_from:
+        if normalize:
+            assert advantage.mean().item() == pytest.approx(0.0, abs=1e-5)
+            assert advantage.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+        else:
+            assert torch.isin(advantage, raw).all()
+    assert abs(raw.mean()) > 0.1
+    assert abs(raw.std() - 1) > 0.1
+
+
 def test_rewards_are_scaled_for_learning_only() -> None:
     model, records = train(
         walk(), rollouts=2, algorithm=Watched, normalize_reward=True, gae_lambda=0.0, gamma=0.5
