@@ -407,6 +407,19 @@ def test_one_seed_one_result() -> None:
     assert not torch.equal(first, other)
 
 
+def test_the_seed_of_the_data_counts_alone() -> None:
+    env = EnvConfig("CartPole-v1", num_envs=4)
+
+    def learnt(seed: int) -> Tensor:
+        torch.manual_seed(0)  # the same network and minibatches
+        model = ppo(env, total_frames=64)
+        make_trainer().fit(model, RolloutDataModule(env, rollout_length=16, seed=seed))
+        return parameters(model)
+
+    assert torch.equal(learnt(1), learnt(1))
+    assert not torch.equal(learnt(1), learnt(2))
+
+
 # ------------------------------------------------------------------ toys
 
 
