@@ -128,6 +128,7 @@ class RolloutCollector(BaseCollector):
 
         self._observation = observation(space)
         action_dtype = torch.empty(0, dtype=head.action_dtype).numpy().dtype
+        self._params = np.zeros((E, T, head.num_params), np.float32)
         self._action = np.zeros((E, T, *head.action_shape), action_dtype)
         floats = (
             keys.LOG_PROB,
@@ -145,7 +146,7 @@ class RolloutCollector(BaseCollector):
         """The next rollout, ``{steps [E, T], trunk_state [E, K]}``."""
         E, T = self.env.num_envs, self.num_steps
         value, next_value = self._float[keys.VALUE], self._float[keys.NEXT_VALUE]
-        log_prob, rewards = self._float[keys.LOG_PROB], self._float[keys.REWARD]
+        rewards = self._float[keys.REWARD]
         terminated_at, truncated_at = self._bool[keys.TERMINATED], self._bool[keys.TRUNCATED]
         for key in EPISODE:
             self._float[key].fill(np.nan)
@@ -170,7 +171,7 @@ class RolloutCollector(BaseCollector):
                 )
                 self._state = step.state
                 self._action[:, t] = step.action.cpu().numpy()
-                log_prob[:, t] = step.log_prob.cpu().numpy()
+                self._params[:, t] = step.params.cpu().numpy()
                 if step.value is not None:
                     value[:, t] = step.value.cpu().numpy()
 
@@ -191,6 +192,9 @@ class RolloutCollector(BaseCollector):
                         )
                     self._close_episodes(t, info)
 
+            # Of the distributions that acted, only worked out for all steps at once.
+            params, action = to_tensor(self._params, self.device), to_tensor(self._action, self.device)
+            self._float[keys.LOG_PROB][:] = self.policy.policy.log_prob(params, action).cpu().numpy()
             if values_can_wait:
                 every_step = map_leaves(
                     lambda array: array.reshape(E * T, *array.shape[2:]), self._observation

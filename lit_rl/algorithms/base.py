@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -61,6 +62,9 @@ class LitAgent(L.LightningModule):
             logger.log_metrics(metrics, step=self.frames)
 
     def on_train_start(self) -> None:
+        if not torch.cuda.is_available():
+            # Lightning sets it, and every optimizer step would load NVIDIA's library anew to look for a GPU.
+            os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
         if self._random_state is not None:
             set_random_state(self._random_state[self.global_rank % len(self._random_state)])
             self._random_state = None

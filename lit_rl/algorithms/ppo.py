@@ -245,19 +245,21 @@ class LitPPO(LitAgent):
     ) -> dict[str, float]:
         """Epochs of minibatches; returns the means of what was measured, over all minibatches."""
         N, M = len(steps_NT), len(steps_NT) // self.num_minibatches
+        # Plain dictionaries: looking into a TensorDict costs as much as a small operation.
+        columns_NT = {key: steps_NT[key] for key in LEARNT_FROM}
         optimizer = self.optimizers()
         parameters = list(self.agent.parameters())
         losses: list[Tensor] = []
         log_ratios: list[Tensor] = []
         for _epoch in range(self.num_epochs):
             order = torch.randperm(N, device=steps_NT.device)
-            steps_NT, state_N = steps_NT[order], state_N[order]
-            # A dictionary a minibatch: looking into a TensorDict costs as much as a small operation.
-            columns = {key: steps_NT[key].split(M) for key in LEARNT_FROM}
+            shuffled_NT = {key: column[order] for key, column in columns_NT.items()}
             if self.normalize_advantage:
-                columns[keys.ADVANTAGE] = normalized(steps_NT[keys.ADVANTAGE], self.num_minibatches).split(M)
-            for i, state_M in enumerate(state_N.split(M)):
-                steps_MT = {key: column[i] for key, column in columns.items()}
+                advantage_NT = shuffled_NT[keys.ADVANTAGE]
+                shuffled_NT[keys.ADVANTAGE] = normalized(advantage_NT, self.num_minibatches)
+            minibatches = zip(*(column.split(M) for column in shuffled_NT.values()), strict=True)
+            for columns_MT, state_M in zip(minibatches, state_N[order].split(M), strict=True):
+                steps_MT = dict(zip(LEARNT_FROM, columns_MT, strict=True))
                 loss, measured, log_ratio_MT = self._loss(steps_MT, state_M, clip, entropy_coef)
                 self.manual_backward(loss)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

@@ -27,8 +27,8 @@ class Action(NamedTuple):
 
     action: Tensor
     """As sampled, ``[N, *action_shape]``; `ActorCritic.to_env` gives the environment's form."""
-    log_prob: Tensor
-    """``[N]``"""
+    params: Tensor
+    """Of the distribution it was drawn from, ``[N, P]``: `PolicyHead.log_prob` tells its probability."""
     value: Tensor | None
     """``[N]``, unless left out"""
     state: TensorDict
@@ -154,7 +154,7 @@ class ActorCritic(nn.Module):
             params = self._in_float32(self.policy, features)
         params = params.squeeze(1)
         action = self.policy.mode(params) if greedy else self.policy.sample(params, generator)
-        return Action(action, self.policy.log_prob(params, action), value, state)
+        return Action(action, params, value, state)
 
     @torch.no_grad()
     def value(self, observation: Observation, state: TensorDict, is_init: Tensor) -> Tensor:

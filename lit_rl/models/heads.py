@@ -25,6 +25,7 @@ from lit_rl.models.encoder import one_line, orthogonal
 class PolicyHead(nn.Module, ABC):
     """A distribution over actions, described by one tensor of parameters ``[..., P]``."""
 
+    num_params: int
     action_shape: tuple[int, ...]
     action_dtype: torch.dtype
 
@@ -66,6 +67,7 @@ class Categorical(PolicyHead):
         self.logits = orthogonal(nn.Linear(features, sum(nvec)), gain=0.01)
         start = torch.as_tensor(space.start) if np.any(space.start) else None
         self.register_buffer("start", start, persistent=False)
+        self.num_params = sum(nvec)
         self.action_shape = (len(nvec),) if self.is_multi else ()
         self.action_dtype = torch.int64
 
@@ -124,6 +126,7 @@ class Gaussian(PolicyHead):
         self.log_std = nn.Parameter(torch.full((space.shape[0],), log_std))
         self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32), persistent=False)
         self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32), persistent=False)
+        self.num_params = space.shape[0]
         self.action_shape = space.shape
         self.action_dtype = torch.float32
 

@@ -43,7 +43,9 @@ def test_acting_is_one_step_of_forward(trunk: str, observation: spaces.Space, va
         torch.testing.assert_close(step.value, values[:, t], atol=1e-5, rtol=0)
         torch.testing.assert_close(value, values[:, t], atol=1e-5, rtol=0)
         log_prob = agent.policy.log_prob(params[:, t], step.action)
-        torch.testing.assert_close(step.log_prob, log_prob, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            agent.policy.log_prob(step.params, step.action), log_prob, atol=1e-5, rtol=0
+        )
         greedy = agent.act(at(x, t), state, is_init[:, t], greedy=True)
         torch.testing.assert_close(greedy.action, agent.policy.mode(params[:, t]), atol=1e-5, rtol=0)
         state = step.state
@@ -56,7 +58,7 @@ def test_acting_leaves_no_graph_and_changes_nothing() -> None:
     state = agent.initial_state(2)
     kept = state.clone()
     step = agent.act(torch.ones(2, 3), state, torch.zeros(2, dtype=torch.bool))
-    assert not any(t.requires_grad for t in (step.action, step.log_prob, step.value, *step.state.values()))
+    assert not any(t.requires_grad for t in (step.action, step.params, step.value, *step.state.values()))
     assert (state == kept).all()
     assert not (step.state == state).all()
 
