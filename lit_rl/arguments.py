@@ -49,6 +49,8 @@ def _resolved(trunk: Any) -> Any:
     if isinstance(trunk, str):
         return {"class_path": resolve_trunk_name(trunk)}
     if isinstance(trunk, dict) and isinstance(trunk.get("class_path"), str):
+        if not isinstance(trunk.get("init_args", {}), dict):
+            raise UserError(f"trunk.init_args takes options with their values, not {trunk['init_args']}")
         return {**trunk, "class_path": resolve_trunk_name(trunk["class_path"])}
     return trunk
 
@@ -80,8 +82,9 @@ def resolve_options(argv: list[str]) -> list[str]:
 def _load(text: str) -> Any:
     tree = get_loader("yaml")(text)
     for section in ("model", "data"):
-        options = tree.get(section) if isinstance(tree, dict) else None
-        for name in (options.get("init_args") or ()) if isinstance(options, dict) else ():
+        given = tree.get(section) if isinstance(tree, dict) else None
+        options = given.get("init_args") if isinstance(given, dict) else None
+        for name in options if isinstance(options, dict) else ():
             refuse_linked(f"{section}.{name}")
     return resolve_trunks(tree)
 
@@ -129,10 +132,13 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
     for option in ("name", "seed_everything", "episodes", "greedy", "torch_threads"):
         if options[option] is None:
             raise UserError(f"{option} is null: give a value, or leave it out")
-    check_range({"episodes": options.episodes, "torch_threads": options.torch_threads}, 1)
+    check_range({"episodes": options.episodes, "torch_threads": options.torch_threads}, 1, 2**31 - 1)
     check_range({"seed_everything": options.seed_everything}, 0, 2**31 - 1)
-    if Path(options.name).is_absolute() or ".." in Path(options.name).parts:
+    parts = Path(options.name).parts
+    if Path(options.name).is_absolute() or ".." in parts:
         raise UserError(f"name {options.name!r} leads out of logs/: give the name of a folder in it")
+    if "\0" in options.name or any(len(os.fsencode(part)) > 255 for part in parts):
+        raise UserError(f"name {options.name[:40]!r} ... cannot be that of a folder: choose another")
 
 
 def _refuse_nulls(where: str, takes: Callable, given: Namespace) -> None:

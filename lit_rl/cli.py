@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -351,4 +352,14 @@ def main(argv: list[str]) -> int:
         if not ranks.peer_is_gone(error):
             raise
         return cli.exit_code_of_others()  # they have said why
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if not raised_by_lightning(error):
+            raise
+        raise UserError(f"{error} ({type(error).__name__}): see the options of trainer") from error
     return 0
+
+
+def raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning's own code refused something: its Trainer checks some options only when it runs."""
+    module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return module.partition(".")[0] == "lightning"

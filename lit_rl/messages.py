@@ -14,13 +14,13 @@ _UNKNOWN = re.compile(
     r"(?:[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|"
     r"unrecognized arguments: (?:--)?([^\s=]+))"
 )
-_VALUE = r"(?:.(?!Subtypes: ))*?Given value: (.+?)(?: - Expected .*| Given value.*)?$"  # the innermost
+_VALUE = r"(?:.(?!Subtypes: ))*?Given value: ?(.*?)(?: - Expected .*| Given value.*)?$"  # the innermost
 # What a jsonargparse message may say and how it is said here; the first that matches counts.
 _CAUSES = [
     (re.compile(pattern), form)
     for pattern, form in (
         (
-            r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])\. Got value: (.+?)"
+            r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])\. Got value: ?(.*?)"
             r"(?:\.? (?:Got value|Given value|- Expected).*)?$",
             "{where} takes {type}, not {value}",
         ),
@@ -46,7 +46,7 @@ def one_line(message: str, configs: str = "") -> str:
     for pattern, form in _CAUSES:
         if match := pattern.search(text):
             kind, value = match.groups()
-            value = "null" if value == "None" else value
+            value = {"None": "null", "": "''"}.get(value, value)
             return form.format(
                 where=where or "the configuration", type=type_in_words(kind), value=_cut(value, 100)
             )

@@ -110,13 +110,13 @@ class LitPPO(LitAgent):
         log_std: float = 0.0,
     ) -> None:
         super().__init__(total_frames)
-        check_range(
-            {"num_epochs": num_epochs, "num_minibatches": num_minibatches, "encoder_width": encoder_width}, 1
-        )
+        check_range({"num_epochs": num_epochs, "num_minibatches": num_minibatches}, 1)
+        check_range({"encoder_width": encoder_width}, 1, 2**16)
         check_range({"gamma": gamma, "gae_lambda": gae_lambda}, 0, 1)
-        check_range({"clip": clip, "max_grad_norm": max_grad_norm}, 0, above=True)
-        check_range({"value_clip": value_clip, "target_kl": target_kl}, 0, above=True)
-        check_range({"clip_final": clip_final, "value_coef": value_coef, "lr": lr, "trunk_lr": trunk_lr}, 0)
+        check_range({"max_grad_norm": max_grad_norm, "target_kl": target_kl}, 0, above=True)
+        check_range({"clip": clip, "value_clip": value_clip}, 0, 1e6, above=True)
+        check_range({"clip_final": clip_final}, 0, 1e6)
+        check_range({"value_coef": value_coef, "lr": lr, "trunk_lr": trunk_lr}, 0)
         check_range({"entropy_coef": entropy_coef, "entropy_coef_final": entropy_coef_final}, 0)
         check_range({"log_std": log_std}, -20, 20)
         observation_space, action_space = env.spaces()

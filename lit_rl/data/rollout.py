@@ -69,7 +69,7 @@ class RolloutDataModule(L.LightningDataModule):
         # Fewer episodes than processes: some evaluate none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         sizes = {"rollout_length": rollout_length, "frames_per_epoch": frames_per_epoch, "episodes": episodes}
-        check_range(sizes, 1)
+        check_range(sizes, 1, 2**31 - 1)
         check_range({"seed": seed, "evaluation_seed": evaluation_seed}, 0, 2**31 - 1)
         if sequence_length is not None and (sequence_length < 1 or rollout_length % sequence_length):
             raise UserError(

@@ -20,9 +20,8 @@ def check_config(config: "EnvConfig", num_envs: int) -> None:
         check_range({"env.num_envs": count}, 1, 2**16)
     check_range({"env.frame_stack": config.frame_stack}, 1, 1024)
     check_range({"env.time_limit": config.time_limit}, 1, 2**31 - 1)
-    check_range(
-        {"env.reward_delay": config.reward_delay, "env.observation_noise": config.observation_noise}, 0
-    )
+    check_range({"env.reward_delay": config.reward_delay}, 0, 2**31 - 1)
+    check_range({"env.observation_noise": config.observation_noise}, 0)
     if config.backend not in ("gymnasium", "envpool"):
         raise UserError(f"env.backend is {config.backend!r}: choose gymnasium or envpool")
     if config.vectorization not in ("sync", "async"):
