@@ -23,11 +23,12 @@ from torchrl.envs.transforms import ObservationNorm as TorchRLObservationNorm
 from torchrl.envs.transforms import RenameTransform
 
 from lit_rl import keys
-from lit_rl.collectors import RolloutCollector, torchrl_worker
+from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.envs.torchrl import as_vector_env
 from lit_rl.errors import UserError
 from lit_rl.models.agent import ActorCritic
+from lit_rl.workers import torchrl_worker
 
 # Ends at the borders of rollouts (of 8 steps) and sequences, episodes of one step and of two rollouts.
 ROWS = [

@@ -196,8 +196,8 @@ def test_test_reports_the_mean() -> None:
     env = counter(num_envs=4, lengths=[3])
     data = RolloutDataModule(env, episodes=7)
     trainer = make_trainer()
-    trainer.test(ppo(env), datamodule=data, verbose=False)
-    assert trainer.callback_metrics == {"test/return": 6.0, "test/return_std": 0.0, "test/length": 3.0}
+    [metrics] = trainer.test(ppo(env), datamodule=data, verbose=False)
+    assert metrics == {"test/return": 6.0, "test/return_std": 0.0, "test/length": 3.0, "step": 0.0}
 
 
 def test_predict_gives_episodes() -> None:

@@ -98,9 +98,8 @@ class LitAgent(L.LightningModule):
             return
         summary = summarize(episodes)
         metrics = {f"{stage}/{key}": value for key, value in summary.items()}
-        # `self.log` serves callbacks (ModelCheckpoint's monitor); the loggers get frames as x axis.
-        self.log_dict(metrics, logger=False)
-        self.log_frames(metrics)
+        # A metric called `step` is Lightning's way to set the x axis.
+        self.log_dict({**metrics, "step": float(self.frames)})
 
     # ------------------------------------------------------------------ checkpoints
 

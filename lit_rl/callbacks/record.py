@@ -47,7 +47,9 @@ class RunRecord(L.Callback):
         if not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
             return
         assert isinstance(pl_module, LitAgent)
-        final = {f"final/{key}": float(value) for key, value in trainer.callback_metrics.items()}
+        final = {
+            f"final/{key}": float(value) for key, value in trainer.callback_metrics.items() if "/" in key
+        }
         logger.log_hyperparams(flatten(yaml.safe_load(self.config)), final, step=pl_module.frames)
         logger.experiment.flush()
         draw_learning_curve(Path(logger.log_dir))

@@ -82,8 +82,11 @@ def check_spaces(env_id: str, observation: gym.Space, action: gym.Space) -> None
         return
     if isinstance(action, spaces.MultiDiscrete) and action.nvec.ndim == 1 and not action.start.any():
         return
+    if isinstance(action, spaces.MultiBinary) and len(action.shape) == 1:
+        return
     if not isinstance(action, spaces.Discrete):
-        raise _unsupported(env_id, "action", "", action, "Discrete, flat MultiDiscrete from 0, floating Box")
+        supported = "Discrete, flat MultiDiscrete from 0, flat MultiBinary, floating Box"
+        raise _unsupported(env_id, "action", "", action, supported)
 
 
 def _unsupported(env_id: str, kind: str, key: str, space: gym.Space, supported: str) -> UserError:

@@ -82,7 +82,7 @@ ODD = {
     "Dict": (spaces.Dict({"deep": spaces.Dict({"x": BOX})}), BOX),
     "Discrete": (spaces.Discrete(3, start=1), BOX),
     "Tuple": (BOX, spaces.Tuple([BOX])),
-    "MultiBinary": (BOX, spaces.MultiBinary(3)),
+    "MultiBinary": (BOX, spaces.MultiBinary((3, 2))),
     "Box": (BOX, spaces.Box(0, 5, (2,), np.int64)),
 }
 
