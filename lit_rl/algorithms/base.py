@@ -119,10 +119,10 @@ class LitAgent(L.LightningModule):
                 f", first {key} (checkpoint {_shape(saved.get(key))}, run {_shape(mine.get(key))})"
                 for key in different[:1]
             )
+            trunks = "" if trunk == my_trunk else f"it holds trunk {trunk}, this run builds {my_trunk}; "
             raise UserError(
-                f"the checkpoint does not fit: it holds trunk {trunk}, this run builds {my_trunk}; "
-                f"{len(different)} tensors differ{first}: use the trunk, its options and an environment with "
-                "the spaces of the run that made it"
+                f"the checkpoint does not fit: {trunks}{len(different)} tensors differ{first}: use the trunk, its "
+                "options and an environment with the spaces of the run that made it"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
