@@ -121,8 +121,8 @@ class LitAgent(L.LightningModule):
             )
             trunks = "" if trunk == my_trunk else f"it holds trunk {trunk}, this run builds {my_trunk}; "
             raise UserError(
-                f"the checkpoint does not fit: {trunks}{len(different)} tensors differ{first}: use the trunk, its "
-                "options and an environment with the spaces of the run that made it"
+                f"the checkpoint does not fit: {trunks}{len(different)} tensors differ{first}: use the "
+                "trunk, its options and an environment with the spaces of the run that made it"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
