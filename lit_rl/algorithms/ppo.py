@@ -75,6 +75,8 @@ class LitPPO(LitAgent):
         normalize_reward: divide by the running standard deviation of the discounted return.
         squash: tanh-squash continuous actions to their bounds; clip them if not.
         log_std: initial log standard deviation of continuous actions.
+        compile_loss: torch.compile the loss of a minibatch: half a minute at the start (a C++ compiler is
+            needed), then updates of small networks take about half the time.
 
     Raises:
         UserError: unsupported spaces, sizes that do not divide, losses that are not finite.
@@ -108,6 +110,7 @@ class LitPPO(LitAgent):
         normalize_reward: bool = False,
         squash: bool = False,
         log_std: float = 0.0,
+        compile_loss: bool = False,
     ) -> None:
         super().__init__(total_frames)
         check_range({"num_epochs": num_epochs, "num_minibatches": num_minibatches}, 1)
@@ -150,6 +153,7 @@ class LitPPO(LitAgent):
         self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
+        self._minibatch_loss = torch.compile(self._loss, dynamic=False) if compile_loss else self._loss
         self._ready_at = time.perf_counter()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -260,13 +264,14 @@ class LitPPO(LitAgent):
             minibatches = zip(*(column.split(M) for column in shuffled_NT.values()), strict=True)
             for columns_MT, state_M in zip(minibatches, state_N[order].split(M), strict=True):
                 steps_MT = dict(zip(LEARNT_FROM, columns_MT, strict=True))
-                loss, measured, log_ratio_MT = self._loss(steps_MT, state_M, clip, entropy_coef)
+                loss, measured, log_ratio_MT = self._minibatch_loss(steps_MT, state_M, clip, entropy_coef)
                 self.manual_backward(loss)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 if not math.isfinite(grad_norm.item()):
                     raise UserError(self._not_finite(loss, measured))
                 optimizer.step()  # type: ignore[union-attr]
-                optimizer.zero_grad()  # type: ignore[union-attr]
+                for parameter in parameters:
+                    parameter.grad = None
                 losses += [*measured.values(), grad_norm]
                 log_ratios.append(log_ratio_MT)
             if self.target_kl is not None:

@@ -30,7 +30,7 @@ def steps_per_second(marks: list[float]) -> float:
     return rollouts * NUM_ENVS * ROLLOUT_LENGTH / (marks[-1] - marks[WARM_UP - 1])
 
 
-def ours(frames: int, seed: int) -> float:
+def ours(frames: int, seed: int, **options: Any) -> float:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -57,7 +57,7 @@ def ours(frames: int, seed: int) -> float:
             enable_model_summary=False,
         )
         data = RolloutDataModule(env, rollout_length=ROLLOUT_LENGTH, frames_per_epoch=frames, seed=seed)
-        trainer.fit(LitPPO(env, total_frames=frames, value_trunk="separate", lr=1e-3), data)
+        trainer.fit(LitPPO(env, total_frames=frames, value_trunk="separate", lr=1e-3, **options), data)
     return steps_per_second(marks)
 
 
@@ -90,7 +90,12 @@ def stable_baselines3(frames: int, seed: int) -> float:
     return steps_per_second([*marks[1:], time.perf_counter()])
 
 
-RUNS = {"lit_rl": ours, "stable-baselines3": stable_baselines3}
+def ours_compiled(frames: int, seed: int) -> float:
+    return ours(frames, seed, compile_loss=True)
+
+
+PEER = "stable-baselines3"
+RUNS = {"lit_rl": ours, "lit_rl compile_loss": ours_compiled, PEER: stable_baselines3}
 
 
 def in_a_process(which: str, frames: int, seed: int) -> float:
@@ -113,16 +118,20 @@ def main() -> None:
     if arguments.only:
         print(RUNS[arguments.only](arguments.frames, arguments.seed))
         return
-    rows = []
-    for pair in range(arguments.pairs):
-        mine, peer = (in_a_process(name, arguments.frames, pair) for name in RUNS)
-        rows.append((pair, round(mine), round(peer), round(mine / peer, 2)))
-        print(f"pair {pair}: lit_rl {mine:,.0f}, stable-baselines3 {peer:,.0f} steps/s: {mine / peer:.2f} x")
-    ratios = [row[3] for row in rows]
-    print(f"ratio: median {statistics.median(ratios)}, min {min(ratios)}, max {max(ratios)}")
+    rows: list[dict[str, float]] = []
+    for seed in range(arguments.pairs):
+        speeds = {name: in_a_process(name, arguments.frames, seed) for name in RUNS}
+        ratios = {f"{name} / {PEER}": speeds[name] / speeds[PEER] for name in RUNS if name != PEER}
+        rows.append({"seed": seed} | {k: round(v) for k, v in speeds.items()} | ratios)
+        print(", ".join(f"{name} {speed:,.0f} steps/s" for name, speed in speeds.items()), flush=True)
+    for name in ratios:
+        values = [row[name] for row in rows]
+        print(f"{name}: median {statistics.median(values):.2f}, min {min(values):.2f}, max {max(values):.2f}")
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([("pair", "lit_rl", "stable-baselines3", "ratio"), *rows])
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({key: round(value, 3) for key, value in row.items()} for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """PPO as a whole: exact memory in the update, advantages, schedules, guards, and toys that it learns."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -451,3 +452,14 @@ def test_recall_needs_memory(trunk: str, solves: bool) -> None:
     )
     success = mean_of_last(records, "episode/success", 5)
     assert success > 0.95 if solves else success < 0.65
+
+
+@pytest.mark.parametrize("trunk", ["mlp", "gru"])
+def test_a_compiled_loss_learns_the_same(trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as for the compiler; its code generation is torch's own affair."""
+    plain, _ = train(walk(), trunk, rollouts=2)
+    compiler = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("lit_rl.algorithms.ppo.torch.compile", compiler)
+    compiled, _ = train(walk(), trunk, rollouts=2, compile_loss=True)
+    for name, parameter in plain.agent.named_parameters():
+        torch.testing.assert_close(parameter, compiled.agent.get_parameter(name), msg=name)
