@@ -30,6 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
+            for left in target.parent.glob("*.partial"):  # by a process that was killed
+                left.unlink()
         except (OSError, RuntimeError) as error:  # torch's writer turns some of the former into the latter
             partial.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -58,7 +60,9 @@ def is_whole(path: Path) -> bool:
     """Whether a file is a complete checkpoint (an archive whose parts all have their checksums)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            # What is marked as a folder, torch does not read: it would leave a tensor unset.
+            folders = any(part.external_attr & 0x10 for part in archive.infolist())
+            return archive.testzip() is None and not folders
     except Exception:  # whatever damage makes of an archive's tables
         return False
 

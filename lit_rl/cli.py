@@ -356,6 +356,8 @@ def main(argv: list[str]) -> int:
         if not raised_by_lightning(error):
             raise
         raise UserError(f"{error} ({type(error).__name__}): see the options of trainer") from error
+    finally:
+        ranks.leave()
     return 0
 
 

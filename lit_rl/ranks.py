@@ -58,6 +58,12 @@ def end_with_rank_0() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def leave() -> None:
+    """Ends the threads that talk to the other ranks; an interpreter that ends before them may abort."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def peer_is_gone(error: BaseException) -> bool:
     """Whether a collective operation failed because another rank has ended."""
     text = str(error)
