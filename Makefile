@@ -20,7 +20,7 @@ setup: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lit-rl needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' $(foreach plugin,$(PLUGINS),-e $(dir $(plugin)))
 	@touch $@
 

@@ -49,6 +49,7 @@ class LitRLCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_defaults={
                 "max_epochs": -1,
+                "devices": 1,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "enable_autolog_hparams": False,  # `RunRecord` logs them, with the final metrics
@@ -190,6 +191,12 @@ class LitRLCLI(LightningCLI):
         self.model.check_precision(self.trainer.precision)
         if self.checkpoint is not None:
             self.model.check_checkpoint(self.checkpoint)
+            trained_on = self.checkpoint.get("environment", self.options.env.id)
+            if self.subcommand == "fit" and trained_on != self.options.env.id:
+                raise UserError(
+                    f"the checkpoint was trained on {trained_on}, not on {self.options.env.id}: go on with the "
+                    "former, or start anew without --ckpt_path"
+                )
         if self.subcommand == "fit":
             self.model.check_data(self.datamodule)
 
@@ -277,9 +284,13 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
     `last` and `best` stand for the newest whole checkpoint of the run `--name`, or of all runs.
     """
     subcommand, *options = argv
-    named = {key: value for key, value in _pairs(options) if key in ("--ckpt_path", "--name")}
+    named = {key: value for key, value in _pairs(options) if key in ("--ckpt_path", "--name", "--config")}
     if subcommand == "fit" or "--ckpt_path" not in named:
         return argv
+    if "--config" in named and named["--ckpt_path"] in ("last", "best"):
+        raise UserError(
+            f"--ckpt_path {named['--ckpt_path']} brings its own configuration: leave out --config"
+        )
     path: Path | None = Path(named["--ckpt_path"])
     if named["--ckpt_path"] in ("last", "best"):
         root = LOGS / named.get("--name", "")

@@ -50,7 +50,7 @@ class Episodes:
         greedy: take the policy's mode; sample otherwise.
         seed: of the environments' first reset and of sampled actions.
         record: keep every step (`Episode.steps`).
-        render: keep a picture of every step (`Episode.frames`).
+        render: keep pictures (`Episode.frames`) and end an episode that has so many; 0 keeps none.
         context: entered around every policy call, for example mixed precision.
     """
 
@@ -63,7 +63,7 @@ class Episodes:
         greedy: bool = True,
         seed: int = 0,
         record: bool = False,
-        render: bool = False,
+        render: int = 0,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.env = env
@@ -93,6 +93,9 @@ class Episodes:
         step_count = 0
         while left.any():
             check_finite(observation, env, step_count)
+            if self.render and len(frames[0]) == self.render:
+                yield Episode(float(episode_return[0]), int(length[0]), frames=frames[0])
+                return
             if self.render:
                 for row, picture in enumerate(env.render()):  # type: ignore[arg-type]
                     frames[row].append(np.asarray(picture))

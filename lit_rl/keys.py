@@ -13,6 +13,8 @@ into K sequences each, and the trunk's memory only at the start of each sequence
   ended episode, never of the one after the reset
 - ``episode_return``, ``episode_length``, ``episode_success``: NaN but where an episode ended (and, for
   success, the environment told)
+
+The learner adds ``advantage`` and ``value_target``.
 """
 
 STEPS = "steps"

@@ -63,7 +63,8 @@ def small(name: str) -> TrunkFactory:
 
 
 def installed_trunks() -> list[str]:
-    return sorted({entry.name for entry in registry.entries() if ":" in entry.target})
+    """Ours: others' plugins may be installed too."""
+    return sorted({entry.name for entry in registry.entries() if entry.package.startswith("lit-rl")})
 
 
 def make_agent(env: EnvConfig, trunk: str = "mlp", *, seed: int = 0, **options: Any) -> ActorCritic:

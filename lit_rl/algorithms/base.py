@@ -25,13 +25,14 @@ class LitAgent(L.LightningModule):
 
     `frames` counts the frames of all processes; budgets, schedules and the x axis of every plot are in
     frames (Lightning's `global_step` counts optimizer steps). Training stops when `total_frames` is
-    reached. Random states, frames and what the agent was built for are part of the checkpoint.
+    reached. Random states, frames and the names of trunk and environment are part of the checkpoint.
     """
 
     agent: ActorCritic
 
-    def __init__(self, total_frames: int) -> None:
+    def __init__(self, total_frames: int, environment: str) -> None:
         super().__init__()
+        self.environment = environment
         check_range({"total_frames": total_frames}, 1)
         self.total_frames = total_frames
         self.frames = 0
@@ -107,6 +108,7 @@ class LitAgent(L.LightningModule):
         checkpoint["frames"] = self.frames
         checkpoint["random_state"] = gather_list([random_state()])
         checkpoint["trunk"] = trunk_name(self.agent)
+        checkpoint["environment"] = self.environment
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises `UserError` where a checkpoint is of another agent."""

@@ -112,7 +112,7 @@ class LitPPO(LitAgent):
         log_std: float = 0.0,
         compile_loss: bool = False,
     ) -> None:
-        super().__init__(total_frames)
+        super().__init__(total_frames, env.id)
         check_range({"num_epochs": num_epochs, "num_minibatches": num_minibatches}, 1)
         check_range({"encoder_width": encoder_width}, 1, 2**16)
         check_range({"gamma": gamma, "gae_lambda": gae_lambda}, 0, 1)
@@ -169,7 +169,10 @@ class LitPPO(LitAgent):
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the rollouts of `data` do not divide into minibatches."""
-        assert isinstance(data, RolloutDataModule)
+        if not isinstance(data, RolloutDataModule):
+            raise UserError(
+                f"LitPPO learns from rollouts, not from {type(data).__name__}: use RolloutDataModule"
+            )
         frames = data.env.num_envs * data.rollout_length
         length = 1 if self.agent.is_memoryless else data.sequence_length or data.rollout_length
         if (frames // length) % self.num_minibatches:
@@ -322,6 +325,7 @@ class LitPPO(LitAgent):
     # ------------------------------------------------------------------ what a rollout tells
 
     def _log_rollout(self, steps_ET: TensorDict, metrics: dict[str, float], learning_from: float) -> None:
+        """One record a rollout; losses and the like are those of this process, episodes those of all."""
         now = time.perf_counter()
         frames = steps_ET.numel() * self.trainer.world_size
         collecting, learning = learning_from - self._ready_at, now - learning_from

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.data import RolloutDataModule
@@ -36,7 +36,7 @@ class EvaluationVideo(L.Callback):
         try:
             gif = film(trainer)
         except UserError as reason:
-            rank_zero_info(f"no evaluation video: {reason}")
+            print(f"no evaluation video: {reason}")
             return
         add_gif(logger, "evaluation", gif, pl_module.frames)
 
@@ -54,15 +54,17 @@ def film(trainer: L.Trainer) -> bytes:
     data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws to memory: no display is looked for
     try:
-        [episode] = data.rendered_episodes(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # renderers tell their troubles twice
+            [episode] = data.rendered_episode(MAX_FRAMES)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"{data.env.id} cannot be drawn here ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "leave out --video, or install what its renderer needs"
+            "install what its renderer needs"
         ) from error
-    return encode_gif(episode.frames[:MAX_FRAMES])
+    return encode_gif(episode.frames)
 
 
 def encode_gif(frames: list[np.ndarray], fps: int = 30) -> bytes:

@@ -140,8 +140,8 @@ class RolloutDataModule(L.LightningDataModule):
             context=trainer.precision_plugin.forward_context,
         )
 
-    def rendered_episodes(self, episodes: int = 1) -> Episodes:
-        """Episodes with pictures, one environment at a time, on the backend that can draw."""
+    def rendered_episode(self, max_frames: int) -> Episodes:
+        """One episode with at most so many pictures, on the backend that can draw."""
         trainer = self.trainer
         assert trainer is not None
         env = replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array")
@@ -149,10 +149,10 @@ class RolloutDataModule(L.LightningDataModule):
         return Episodes(
             env,
             self._agent,
-            episodes,
+            1,
             greedy=self.greedy,
             seed=self.evaluation_seed,
-            render=True,
+            render=max_frames,
             context=trainer.precision_plugin.forward_context,
         )
 

@@ -15,7 +15,7 @@ class EnvConfig:
     """Which environment, how many, and what stands between it and the agent.
 
     Args:
-        id: Gymnasium id; with the EnvPool backend, EnvPool's id (the same but for Atari, where both work).
+        id: Gymnasium id, with either backend; EnvPool's own Atari ids have EnvPool's own preprocessing.
         num_envs: Rows of the batch.
         backend: `gymnasium`, or `envpool` (an extra).
         vectorization: Gymnasium only: all rows in this process, or one process a row.

@@ -98,6 +98,7 @@ class EnvPoolVectorEnv(VectorEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict]:
         if seed is not None:
+            self._pool.close()
             self._pool = self._build(seed)
         obs, _ = self._pool.reset()
         return self._as_declared(obs), {}

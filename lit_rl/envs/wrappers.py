@@ -218,7 +218,7 @@ class FrameStack(VectorWrapper):
                 repeat(np.atleast_1d(space.low)), repeat(np.atleast_1d(space.high)), dtype=space.dtype
             )
         if isinstance(space, spaces.MultiDiscrete):
-            return spaces.MultiDiscrete(repeat(space.nvec), dtype=space.dtype)
+            return spaces.MultiDiscrete(repeat(space.nvec), dtype=space.dtype, start=repeat(space.start))
         if isinstance(space, spaces.Discrete):
             return spaces.MultiDiscrete([space.n] * self._size)
         return spaces.MultiBinary(repeat(np.empty(space.shape or ())).shape)
