@@ -194,8 +194,8 @@ class LitRLCLI(LightningCLI):
             trained_on = self.checkpoint.get("environment", self.options.env.id)
             if self.subcommand == "fit" and trained_on != self.options.env.id:
                 raise UserError(
-                    f"the checkpoint was trained on {trained_on}, not on {self.options.env.id}: go on with the "
-                    "former, or start anew without --ckpt_path"
+                    f"the checkpoint was trained on {trained_on}, not on {self.options.env.id}: go on with "
+                    "that, or start anew without --ckpt_path"
                 )
         if self.subcommand == "fit":
             self.model.check_data(self.datamodule)
