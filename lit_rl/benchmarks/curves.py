@@ -1,7 +1,7 @@
 """Runs of several seeds as one curve and one table.
 
 ``python -m lit_rl.benchmarks.curves logs/ppo_halfcheetah --out logs/benchmarks/ppo_halfcheetah`` reads the
-TensorBoard events and configurations of a folder's runs and writes `curve.csv`, `curve.png`, `table.md`.
+TensorBoard events and configurations of a folder's runs and writes `curve.csv` and `curve.png`; the table is printed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ def main() -> None:
                 # Training episodes of every tenth rollout tell enough.
                 kept = points[:: 10 if tag == "episode/return" else 1]
                 writer.writerows((seed, tag, step, round(value, 1)) for step, value in kept)
-    (arguments.out / "table.md").write_text(table(runs))
     draw(runs, arguments.runs.name, arguments.out / "curve.png")
     print(table(runs), end="")
 
