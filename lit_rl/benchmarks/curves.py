@@ -1,7 +1,7 @@
 """Runs of several seeds as one curve and one table.
 
 ``python -m lit_rl.benchmarks.curves logs/ppo_halfcheetah --out logs/benchmarks/ppo_halfcheetah`` reads the
-TensorBoard events and configurations of a folder's runs and writes `curve.csv` and `curve.png`; the table is printed.
+TensorBoard events and configurations of a folder's runs, prints a table, writes `curve.csv` and `curve.png`.
 """
 
 from __future__ import annotations

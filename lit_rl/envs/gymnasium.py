@@ -1,6 +1,7 @@
 """The gymnasium backend: one `gym.make` a row, in this process or one process a row."""
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,18 @@ def make_row(config: "EnvConfig", render_mode: str | None) -> gym.Env:
     return env
 
 
+def is_mujoco(env_id: str) -> bool:
+    """Whether the id is one of gymnasium's own MuJoCo environments."""
+    spec = gym.registry.get(env_id)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+
+
+def _log_mujoco(text: str) -> None:
+    """MuJoCo's own way is to print and to write MUJOCO_LOG.TXT wherever one stands."""
+    is_about_xml = "compiler attribute" in text  # of gymnasium's files: nothing that a user could mend
+    logging.getLogger("lit_rl.mujoco").log(logging.INFO if is_about_xml else logging.WARNING, text)
+
+
 def register_package(env_id: str) -> None:
     """Import what registers the id with gymnasium, for the packages that gymnasium itself does not know."""
     if env_id.startswith("lit_rl/"):
@@ -77,6 +90,10 @@ def register_package(env_id: str) -> None:
         except ImportError as exc:
             raise UserError(f"{env_id} needs an extra ({exc}): pip install 'lit-rl[atari]'") from exc
         gym.register_envs(ale_py)
+    elif is_mujoco(env_id):
+        import mujoco
+
+        mujoco.set_mju_user_warning(_log_mujoco)
 
 
 def _make(config: "EnvConfig", render_mode: str | None) -> gym.Env:
