@@ -75,8 +75,8 @@ class LitPPO(LitAgent):
         normalize_reward: divide by the running standard deviation of the discounted return.
         squash: tanh-squash continuous actions to their bounds; clip them if not.
         log_std: initial log standard deviation of continuous actions.
-        compile_loss: torch.compile the loss of a minibatch: half a minute at the start (a C++ compiler is
-            needed), then updates of small networks take a third less time (measured on CartPole, one core).
+        compile_loss: torch.compile the loss of a minibatch. It needs a C++ compiler and time at the start;
+            `make bench` tells whether it pays where you are.
 
     Raises:
         UserError: unsupported spaces, sizes that do not divide, losses that are not finite.
