@@ -1,0 +1,153 @@
+"""The residual stack that Mamba and Mamba-2 stand in, and the interface of what it stacks.
+
+    u   = embedding(x)
+    u  <- u + mixer_l(norm_l(u))        for l = 0 .. n_layers-1
+    y   = norm_f(u)
+
+Pre-norm, with RMSNorm and a last norm as in the models of Gu & Dao 2023 (arXiv:2312.00752) and Dao & Gu 2024
+(arXiv:2405.21060); their `layers.*.norm`, `layers.*.mixer` and `norm_f` have these names here. The embedding
+of tokens is a linear map of the features.
+
+Shapes: B rows, T time steps, F input features, D = d_model, M heads of a mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from lit_rl.trunks import Trunk
+
+# What the layers are told of `is_init`. "leaky" is a common mistake kept as an option, for comparison:
+# episodes run into one another, as in code that trains and acts on a memory that no one clears.
+RESETS: dict[str, Callable[[Tensor], Tensor]] = {"strict": lambda is_init: is_init, "leaky": torch.zeros_like}
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ValueError unless each number is at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+
+
+class Mixer(Protocol):
+    """A layer over time, an nn.Module of width `d_model`; norm, residual and MLP stand around it.
+
+    It keeps the equality that a trunk keeps, resets included.
+    """
+
+    d_model: int
+
+    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+        """Zeros ``[B, ...]`` on the device and in the dtype of the parameters."""
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``y [B, T, D]`` and the state after the last step."""
+
+    def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
+        """``[B, M, T, T]``, what step s (column) of each head's input adds to its output at step t (row).
+
+        Ali et al. 2024 (arXiv:2403.01590). The skip past the memory and what the given state adds are left
+        out; the state still reaches the map through the convolution.
+        """
+
+
+class Block(nn.Module):
+    """``u + mixer(norm(u))``."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(mixer.d_model, eps=1e-5)
+        self.mixer = mixer
+
+    def forward(
+        self, u_BTD: Tensor, memory: dict[str, Tensor], is_init_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        y_BTD, memory = self.mixer(self.norm(u_BTD), memory, is_init_BT)
+        return u_BTD + y_BTD, memory
+
+
+class ResidualTrunk(Trunk):
+    """Mixers of one kind and size, each in a pre-norm residual block.
+
+    Args:
+        in_features: F.
+        make_mixer: called once a layer; the states must be of one shape.
+        n_layers: how many.
+        reset: a key of `RESETS`.
+
+    State: each entry of the mixers' states, stacked over layers, ``[B, n_layers, ...]``.
+    """
+
+    def __init__(
+        self, in_features: int, make_mixer: Callable[[], nn.Module], *, n_layers: int, reset: str
+    ) -> None:
+        require_sizes(in_features=in_features, n_layers=n_layers)
+        if reset not in RESETS:
+            raise ValueError(f"reset must be one of {', '.join(RESETS)}, not {reset!r}")
+        mixers = [make_mixer() for _ in range(n_layers)]
+        d_model = mixers[0].d_model
+        super().__init__(in_features, out_features=d_model)
+        self.reset = reset
+        self.embedding = nn.Linear(in_features, d_model)
+        self.layers = nn.ModuleList(Block(mixer) for mixer in mixers)
+        self.norm_f = nn.RMSNorm(d_model, eps=1e-5)
+        of_one_row = mixers[0].initial_state(1)
+        self._state_shapes = {key: (n_layers, *leaf.shape[1:]) for key, leaf in of_one_row.items()}
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        zero = self.norm_f.weight.new_zeros
+        leaves = {key: zero(batch_size, *shape) for key, shape in self._state_shapes.items()}
+        return TensorDict(leaves, batch_size=[batch_size])
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        is_init_BT = RESETS[self.reset](is_init)
+        u_BTD, memories = self._embed(x), self._memories(x, state)
+        leaving = []
+        for block, memory in zip(self.layers, memories, strict=True):
+            u_BTD, memory = block(u_BTD, memory, is_init_BT)
+            leaving.append(memory)
+        leaves = {key: _stack([memory[key] for memory in leaving]) for key in self._state_shapes}
+        return self.norm_f(u_BTD), TensorDict(leaves, batch_size=state.batch_size)
+
+    def hidden_attention(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        """For each layer ``[B, M, T, T]``, see `Mixer.hidden_attention`."""
+        is_init_BT = RESETS[self.reset](is_init)
+        u_BTD, maps = self._embed(x), []
+        for block, memory in zip(self.layers, self._memories(x, state), strict=True):
+            maps.append(block.mixer.hidden_attention(block.norm(u_BTD), memory, is_init_BT))
+            u_BTD, _ = block(u_BTD, memory, is_init_BT)
+        return maps
+
+    def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        """For each layer ``[B, T, T]``: the mean of the hidden attention's sizes over heads."""
+        return [heads_BMTT.abs().mean(dim=1) for heads_BMTT in self.hidden_attention(x, state, is_init)]
+
+    def _embed(self, x_BTF: Tensor) -> Tensor:
+        # The residual sum keeps the parameters' precision under autocast.
+        return self.embedding(x_BTF).to(self.norm_f.weight.dtype)
+
+    def _memories(self, x_BTF: Tensor, state: TensorDict) -> list[dict[str, Tensor]]:
+        """Each layer's part of the state."""
+        leaves = {}
+        for key, shape in self._state_shapes.items():
+            leaf, expected = state.get(key, None), (x_BTF.shape[0], *shape)
+            if leaf is None or leaf.shape != expected:
+                found = f"no {key!r}" if leaf is None else f"{key!r} {list(leaf.shape)}"
+                raise ValueError(
+                    f"the state given has {found}, {type(self).__name__} keeps {key!r} {list(expected)}: "
+                    "pass what initial_state or a former pass of this trunk returned"
+                )
+            leaves[key] = leaf
+        return [{key: leaf[:, layer] for key, leaf in leaves.items()} for layer in range(len(self.layers))]
+
+
+def _stack(of_layers: list[Tensor]) -> Tensor:
+    """``[B, ...]`` of each layer to ``[B, n_layers, ...]``; of one layer a view."""
+    return of_layers[0][:, None] if len(of_layers) == 1 else torch.stack(of_layers, dim=1)
