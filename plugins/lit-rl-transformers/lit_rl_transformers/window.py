@@ -1,0 +1,117 @@
+"""The window of a pass: which steps each query sees and where they lie, worked out once for all layers.
+
+Query t sees the step at distance d before it where ``0 <= d <= min(memory, age_t)``; age_t is how many steps
+of its episode came before it, in this pass or in former ones. So one number a query tells its whole mask, and
+one number a row tells which slots of the cache hold steps of the present episode: the last min(memory, age).
+
+The T queries are cut into N blocks of S. The keys of a block are its own S steps and the M before them, so
+time and memory are linear in T: no T x (M + T) matrix of mostly hidden scores. One gather lays the blocks out
+from the cache, the new steps and a row of zeros, which stands for every slot that holds nothing. Whatever a
+cache has in such slots, even NaN, is therefore never read, and is zero in the cache that the pass returns.
+
+Shapes: B rows, T steps, M = memory, N blocks, S queries a block, W = M + S keys a block, d the M + 1
+distances from M down to 0, D features, E numbers a slot, G = B * N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Added to the scores of hidden keys: exp(-1e30 - max) is exactly 0, and unlike -inf it cannot make NaN.
+# Float32's lowest number would become -inf where autocast rounds it to bfloat16.
+HIDDEN = -1e30
+SHORTEST_BLOCK = 16  # blocks of fewer queries cost more to lay out than they save
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks, visibility and cache slots of one pass over T steps."""
+
+    memory: int
+    steps: int
+    blocks: int
+    block_steps: int
+    age_BT: Tensor
+    """Steps of the episode before each step, int64."""
+    bias_BNSd: Tensor
+    """0 where the step at that distance is visible, else `HIDDEN`."""
+    read: Tensor
+    """Slots of the blocks' keys, ``[B*N*W]``: rows of what `Window.slots` makes, flattened."""
+    keep: Tensor | None
+    """Slots of the cache to return, ``[B*M]``; None after one step, where they are the last M read."""
+
+    @classmethod
+    def of_pass(cls, age_B: Tensor, is_init_BT: Tensor, memory: int, dtype: torch.dtype) -> Window:
+        """The window of a pass that `age_B` steps of each row's episode precede; scores have `dtype`."""
+        (B, T), device = is_init_BT.shape, is_init_BT.device
+        blocks = -(-T // max(memory, SHORTEST_BLOCK)) if T > 2 * memory else 1
+        block_steps = -(-T // blocks)
+        step_T = torch.arange(T, device=device)
+        # An episode that began before the pass began at step -age of it.
+        age_BT = step_T - torch.where(is_init_BT, step_T, -age_B[:, None]).cummax(dim=1).values
+
+        age_BNS1 = pad(age_BT, (0, blocks * block_steps - T)).view(B, blocks, block_steps, 1)
+        hidden_BNSd = torch.arange(memory, -1, -1, device=device) > age_BNS1
+        bias_BNSd = torch.zeros(hidden_BNSd.shape, dtype=dtype, device=device).masked_fill_(
+            hidden_BNSd, HIDDEN
+        )
+
+        # Rows of `slots`: M of the cache, T new steps, one of zeros.
+        first_B1 = torch.arange(B, device=device)[:, None] * (memory + T + 1)
+        zero_B1 = first_B1 + memory + T
+        start_N1 = torch.arange(blocks, device=device)[:, None] * block_steps
+        slot = (start_N1 + torch.arange(memory + block_steps, device=device)).flatten()
+        is_held = (slot >= memory - age_BT[:, :1]) & (slot < memory + T)
+        read = torch.where(is_held, first_B1 + slot, zero_B1).flatten()
+        keep = None
+        if T > 1:
+            slot = torch.arange(T, memory + T, device=device)
+            is_held = slot >= memory + T - 1 - age_BT[:, -1:]
+            keep = torch.where(is_held, first_B1 + slot, zero_B1).flatten()
+        return cls(memory, T, blocks, block_steps, age_BT, bias_BNSd, read, keep)
+
+    @property
+    def age_after_B(self) -> Tensor:
+        """Steps of the episode before the first step after the pass."""
+        return self.age_BT[:, -1] + 1
+
+    def slide(self, cache_BME: Tensor, new_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks read, ``[B*N, W, E]``, and the cache after the pass, ``[B, M, E]``."""
+        zero_B1E = new_BTE.new_zeros(new_BTE.shape[0], 1, new_BTE.shape[2])
+        slots = torch.cat([cache_BME, new_BTE, zero_B1E], dim=1).flatten(0, 1)
+        read = slots.index_select(0, self.read).unflatten(0, (-1, self.memory + self.block_steps))
+        if self.keep is None:
+            return read, read[:, 1:]
+        return read, slots.index_select(0, self.keep).unflatten(0, (-1, self.memory))
+
+    def cut(self, x_BTD: Tensor) -> Tensor:
+        """``[B, T, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
+        missing = self.blocks * self.block_steps - self.steps
+        return pad(x_BTD, (0, 0, 0, missing)).reshape(-1, self.block_steps, x_BTD.shape[2])
+
+    def join(self, x_GSD: Tensor) -> Tensor:
+        """Blocks ``[B*N, S, D]`` back to ``[B, T, D]``."""
+        return x_GSD.reshape(-1, self.blocks * self.block_steps, x_GSD.shape[2])[:, : self.steps]
+
+    def align(self, bias: Tensor) -> Tensor:
+        """Scores by distance ``[..., S, M + 1]`` to scores by key ``[..., S, W]``, elsewhere `HIDDEN`.
+
+        Query s has its distances M..0 at keys s..s + M. Rows of W + 1 numbers, the distances first, read as
+        rows of W are just that: each begins one number later (the relative shift of Dai et al., appendix B).
+        """
+        S, W = self.block_steps, self.memory + self.block_steps
+        return pad(bias, (0, S), value=HIDDEN).flatten(-2)[..., : S * W].unflatten(-1, (S, W))
+
+    def square(self, weights_GSW: Tensor) -> Tensor:
+        """Weights of the blocks ``[B*N, S, W]`` as ``[B, T, T]``; those on the cache are left out."""
+        weights_BNSW = weights_GSW.unflatten(0, (-1, self.blocks))
+        padded = self.blocks * self.block_steps
+        square = weights_GSW.new_zeros(weights_BNSW.shape[0], padded, self.memory + padded)
+        for n, start in enumerate(range(0, padded, self.block_steps)):
+            stop = start + self.block_steps
+            square[:, start:stop, start : self.memory + stop] = weights_BNSW[:, n]
+        return square[:, : self.steps, self.memory : self.memory + self.steps]
