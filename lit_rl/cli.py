@@ -25,7 +25,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lit_rl import arguments, checkpoints, messages, ranks
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.callbacks import EpisodeWriter, EvaluationVideo, FrameProgress, RunRecord, StopOnSignal, Stopped
+from lit_rl.callbacks import (
+    AttentionMaps,
+    EpisodeWriter,
+    EvaluationVideo,
+    FrameProgress,
+    RunRecord,
+    StopOnSignal,
+    Stopped,
+)
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
@@ -172,7 +180,12 @@ class LitRLCLI(LightningCLI):
             return [EpisodeWriter(Path(self.options.output))]
         if self.subcommand != "fit":
             return [EvaluationVideo(self.options.video and Path(self.options.video))]
-        callbacks: list[L.Callback] = [RunRecord(self.config_text()), EvaluationVideo(), StopOnSignal()]
+        callbacks: list[L.Callback] = [
+            RunRecord(self.config_text()),
+            EvaluationVideo(),
+            AttentionMaps(),
+            StopOnSignal(),
+        ]
         if configured["enable_progress_bar"] is not False:
             callbacks.append(FrameProgress())
         if configured["enable_checkpointing"] is not False:
