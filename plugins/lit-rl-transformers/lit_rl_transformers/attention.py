@@ -8,8 +8,8 @@ per head h of width C, over steps j of t's own episode (Vaswani et al. 2017, arX
 The cache holds projected keys and values, so that acting projects one step, not the whole memory. Gradients
 flow through them, within a pass and into the state given, because one pass must equal T passes of one.
 
-Shapes: B rows, T steps, D = d_model, M = memory, H heads, C = D / H, E = 2 D (key, value); of all rows G blocks
-with S queries and W keys each (see `lit_rl_transformers.window`).
+Shapes: B rows, T steps, D = d_model, M = memory, H heads, C = D / H, E = 2 D (key, value); all rows have G
+blocks of S queries and W keys (see `lit_rl_transformers.window`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class WindowAttention(nn.Module):
             raise ValueError(f"d_model = {d_model} does not split into n_heads = {n_heads} equal heads")
         super().__init__()
         self.d_model, self.n_heads, self.memory = d_model, n_heads, memory
+        self.head_width = d_model // n_heads
         # No biases: a bias of the keys moves all scores of a query alike, which the softmax does not see.
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -104,4 +105,4 @@ class WindowAttention(nn.Module):
         return q_GHSC, window.align(window.bias_BNSd).flatten(0, 1).unsqueeze(1)
 
     def _split(self, x_GSD: Tensor) -> Tensor:
-        return x_GSD.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        return x_GSD.unflatten(2, (self.n_heads, self.head_width)).transpose(1, 2)

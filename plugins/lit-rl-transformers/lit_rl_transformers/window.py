@@ -43,12 +43,14 @@ class Window:
     """Slots of the blocks' keys, ``[B*N*W]``: rows of what `Window.slots` makes, flattened."""
     keep: Tensor | None
     """Slots of the cache to return, ``[B*M]``; None after one step, where they are the last M read."""
+    rotation: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine of each step's angles, ``[B, T, 1, C]``, where the attention turns by position."""
 
     @classmethod
     def of_pass(cls, age_B: Tensor, is_init_BT: Tensor, memory: int, dtype: torch.dtype) -> Window:
         """The window of a pass that `age_B` steps of each row's episode precede; scores have `dtype`."""
         (B, T), device = is_init_BT.shape, is_init_BT.device
-        blocks = -(-T // max(memory, SHORTEST_BLOCK)) if T > 2 * memory else 1
+        blocks = 1 if 2 * memory >= T else -(-T // max(memory, SHORTEST_BLOCK))
         block_steps = -(-T // blocks)
         step_T = torch.arange(T, device=device)
         # An episode that began before the pass began at step -age of it.

@@ -1,0 +1,131 @@
+"""The trunk `transformer`: a causal Transformer over a sliding window, and what all trunks here share.
+
+    x <- x + Attention(LayerNorm(x)),    x <- x + W_2 relu(W_1 LayerNorm(x))        a layer
+
+(Vaswani et al. 2017, arXiv:1706.03762, with the norms first: Xiong et al. 2020, arXiv:2002.04745.) Rotary
+positions, not sinusoids added to the features: attention then depends on distances, all of which a few steps
+show, whereas the time since the start of an episode goes on to numbers that training never saw.
+
+No dropout anywhere: acting and learning must be the same function, or the PPO ratio does not begin at 1.
+
+Shapes: B rows, T time steps, D = d_model, L layers, M = memory, E = 2 D (key, value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from lit_rl.trunks import Trunk
+from lit_rl_transformers.attention import WindowAttention
+from lit_rl_transformers.positional_attention import RotaryAttention
+from lit_rl_transformers.window import Window
+
+
+class Layer(nn.Module):
+    """One layer: an attention and an MLP, and how they join the stream ``[B, T, D]``."""
+
+    def __init__(self, attention: WindowAttention, d_ff: int | None) -> None:
+        super().__init__()
+        d_model = attention.d_model
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        if d_ff < 1:
+            raise ValueError(f"d_ff must be at least 1, not {d_ff}")
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+        self.mlp_norm = nn.LayerNorm(d_model)
+
+    def forward(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """The stream and the cache after this layer."""
+        attended_BTD, kv_BME = self.attention.attend(self.attention_norm(x_BTD), kv_BME, window)
+        x_BTD = self.join_attention(x_BTD, attended_BTD)
+        return self.join_mlp(x_BTD, self.mlp(self.mlp_norm(x_BTD))), kv_BME
+
+    def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
+        """The stream after the attention."""
+        return x_BTD + update_BTD
+
+    def join_mlp(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
+        """The stream after the MLP."""
+        return x_BTD + update_BTD
+
+
+class AttentionTrunk(Trunk):
+    """Features -> `d_model` -> layers -> output; the state is one cache of keys and values a layer.
+
+    State: `kv` ``[B, L, M, E]``, the last M steps, the latest last, zeros before the episode; `age` ``[B]``,
+    the steps of the episode so far (int64).
+    """
+
+    def __init__(self, in_features: int, layers: Sequence[Layer], last: nn.Module) -> None:
+        if not layers:
+            raise ValueError("n_layers must be at least 1, not 0")
+        attention = layers[0].attention
+        super().__init__(in_features, out_features=attention.d_model)
+        self.memory = attention.memory
+        self.embed = nn.Linear(in_features, self.out_features)
+        self.layers = nn.ModuleList(layers)
+        self.last = last
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        weight = self.embed.weight
+        shape = (batch_size, *self._cache_shape())
+        empty = {"kv": weight.new_zeros(shape), "age": weight.new_zeros(batch_size, dtype=torch.int64)}
+        return TensorDict(empty, batch_size=[batch_size])
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        x_BTD, kv_BLME, window = self._enter(x, state, is_init)
+        caches = []
+        for layer, kv_BME in zip(self.layers, kv_BLME.unbind(1), strict=True):
+            x_BTD, kv_BME = layer(x_BTD, kv_BME, window)
+            caches.append(kv_BME)
+        after = {"kv": torch.stack(caches, dim=1), "age": window.age_after_B}
+        return self.last(x_BTD), TensorDict(after, batch_size=state.batch_size)
+
+    def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        """Weights between the steps of the pass, ``[B, T, T]`` a layer: mean over heads, cache left out."""
+        x_BTD, kv_BLME, window = self._enter(x, state, is_init)
+        maps = []
+        for layer, kv_BME in zip(self.layers, kv_BLME.unbind(1), strict=True):
+            maps.append(layer.attention.weights(layer.attention_norm(x_BTD), kv_BME, window))
+            x_BTD, _ = layer(x_BTD, kv_BME, window)
+        return maps
+
+    def _enter(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, Tensor, Window]:
+        kv_BLME, age_B = state.get("kv", None), state.get("age", None)
+        if kv_BLME is None or age_B is None or kv_BLME.shape[1:] != self._cache_shape():
+            given = {key: list(entry.shape[1:]) for key, entry in state.items()}
+            raise ValueError(
+                f"the state holds {given} a row, not 'kv' {list(self._cache_shape())} and 'age' []: "
+                "it is another trunk's; begin from this trunk's initial_state"
+            )
+        window = self.layers[0].attention.window(age_B, is_init)
+        # Under autocast products are rounded; the stream, to which every layer adds, keeps its own precision.
+        return self.embed(x).to(kv_BLME.dtype), kv_BLME, window
+
+    def _cache_shape(self) -> tuple[int, int, int]:
+        return len(self.layers), self.memory, 2 * self.out_features
+
+
+class Transformer(AttentionTrunk):
+    """A causal Transformer: each step sees itself and the `memory` steps before it, a layer; `d_ff` is the
+    width of the MLPs, 4 d_model if None."""
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        d_model: int = 128,
+        n_layers: int = 2,
+        n_heads: int = 4,
+        memory: int = 64,
+        d_ff: int | None = None,
+    ) -> None:
+        layers = [
+            Layer(RotaryAttention(d_model, n_heads=n_heads, memory=memory), d_ff) for _ in range(n_layers)
+        ]
+        super().__init__(in_features, layers, last=nn.LayerNorm(d_model))
