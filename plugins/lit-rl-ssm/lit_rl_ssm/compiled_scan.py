@@ -1,0 +1,203 @@
+"""The selective scan compiled by numba: float32 and float64 on the CPU, on one core.
+
+The same equations as in `torch_scan`, one row at a time, so that a step's numbers stay in the cache; the loop
+over channels is innermost and becomes vector instructions. Of the states only those at chunk borders are kept
+for the backward pass; a chunk's others are computed again. numba compiles on first use (some seconds a dtype)
+and keeps the result beside this file or in the user's cache.
+
+Arrays: u, dt, y [B, T, E]; A [N, E]; B, C [B, T, N]; h [B, N, E]; is_init [B, T]; marks [B, T / CHUNK, N, E];
+a name with `grad_` before it is the gradient of what the rest names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+COMPILED_DTYPES = (torch.float32, torch.float64)
+CHUNK = 16
+
+
+def compiled_scan(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    h_BEN: Tensor,
+    is_init_BT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `selective_scan.selective_scan`; the tensors are all on the CPU and of one of `COMPILED_DTYPES`."""
+    return _CompiledScan.apply(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+
+
+class _CompiledScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u_BTE: Tensor,
+        dt_BTE: Tensor,
+        A_EN: Tensor,
+        B_BTN: Tensor,
+        C_BTN: Tensor,
+        h_BEN: Tensor,
+        is_init_BT: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = [t.contiguous() for t in (u_BTE, dt_BTE, A_EN.t(), B_BTN, C_BTN, is_init_BT)]
+        h_BNE = h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        y_BTE = inputs[0].new_empty(u_BTE.shape)
+        B, T, E = u_BTE.shape
+        marks = h_BNE.new_empty(B, -(-T // CHUNK), *h_BNE.shape[1:])
+        _forward(*_arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(E)))
+        ctx.save_for_backward(*inputs, marks)
+        return y_BTE, h_BNE.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_BTE: Tensor, grad_h_BEN: Tensor) -> tuple[Tensor | None, ...]:
+        u, dt, A, B, C, is_init, marks = ctx.saved_tensors
+        grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        grad_u, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (u, dt, A, B, C))
+        N, E = A.shape
+        room = [A.new_empty(CHUNK + 1, N, E), A.new_empty(CHUNK, N, E), A.new_empty(E), A.new_empty(E)]
+        _backward(
+            *_arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE.contiguous(), grad_h_BNE),
+            *_arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
+        )
+        return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+def exp(x: Any) -> Any:
+    """e^x inside compiled loops; in float32 to two units in the last place, x clamped to [-87, 88].
+
+    The float32 one has no call and no branch, so that a loop around it becomes vector instructions: with
+    n = round(x / ln 2), e^x = 2^n e^(x - n ln 2), the power of two built from its bits and the rest, at most
+    ln(2)/2 in size, by Taylor's series up to x^7 (remainder below 6e-9).
+    """
+    return math.exp(x)
+
+
+_LOG2_E = np.float32(1 / math.log(2))
+# Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits of the sum.
+_ROUND = np.float32(1.5 * 2**23)
+# ln 2 in two parts; n times the first, which has nine bits, is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
+_ONE, _SMALLEST, _LARGEST = np.float32(1), np.float32(-87), np.float32(88)
+_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
+
+
+@overload(exp, jit_options={"fastmath": False})  # rounding by an addition must not be simplified away
+def _compiled_exp(x):  # type: ignore[no-untyped-def]
+    """`x` is the type of the argument; numba wants neither this nor what it returns annotated."""
+    if x != numba.float32:
+        return lambda x: math.exp(x)
+
+    def exp_float32(x):  # type: ignore[no-untyped-def]
+        x = min(max(x, _SMALLEST), _LARGEST)
+        shifted = x * _LOG2_E + _ROUND
+        n = shifted - _ROUND
+        f = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        series = ((((((_C7 * f + _C6) * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _ONE) * f + _ONE
+        exponent_bits = np.int32((np.float32(shifted).view(np.int32) + 127) << 23)
+        return series * np.int32(exponent_bits).view(np.float32)
+
+    return exp_float32
+
+
+# "contract" lets a product and a sum become one instruction; order of summation is free only backward, where
+# B' and C' are sums over channels.
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def _forward(u, dt, A, B, C, is_init, h, y, marks, x):  # type: ignore[no-untyped-def]
+    rows, steps, channels = u.shape
+    zero, one = u.dtype.type(0), u.dtype.type(1)
+    for b in range(rows):
+        for t in range(steps):
+            if t % CHUNK == 0:
+                for n in range(A.shape[0]):
+                    for e in range(channels):
+                        marks[b, t // CHUNK, n, e] = h[b, n, e]
+            u_t, dt_t, y_t = u[b, t], dt[b, t], y[b, t]
+            keep = zero if is_init[b, t] else one
+            for e in range(channels):
+                x[e] = dt_t[e] * u_t[e]
+                y_t[e] = zero
+            for n in range(A.shape[0]):
+                h_n, A_n, B_n, C_n = h[b, n], A[n], B[b, t, n], C[b, t, n]
+                for e in range(channels):
+                    h_e = keep * exp(dt_t[e] * A_n[e]) * h_n[e] + x[e] * B_n
+                    h_n[e] = h_e
+                    y_t[e] += h_e * C_n
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+def _backward(  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, is_init, marks, grad_y, grad_h, grad_u, grad_dt, grad_A, grad_B, grad_C, h, decay, x, g_B
+):
+    """`grad_h` comes as the gradient of the last state and leaves as that of the first."""
+    rows, steps, channels = u.shape
+    zero, one = u.dtype.type(0), u.dtype.type(1)
+    for b in range(rows):
+        for chunk in range(marks.shape[1] - 1, -1, -1):
+            start = chunk * CHUNK
+            size = min(CHUNK, steps - start)
+            for n in range(A.shape[0]):
+                for e in range(channels):
+                    h[0, n, e] = marks[b, chunk, n, e]
+            for k in range(size):
+                u_t, dt_t = u[b, start + k], dt[b, start + k]
+                keep = zero if is_init[b, start + k] else one
+                for e in range(channels):
+                    x[e] = dt_t[e] * u_t[e]
+                for n in range(A.shape[0]):
+                    before, after, decay_n, A_n, B_n = (
+                        h[k, n],
+                        h[k + 1, n],
+                        decay[k, n],
+                        A[n],
+                        B[b, start + k, n],
+                    )
+                    for e in range(channels):
+                        decay_e = keep * exp(dt_t[e] * A_n[e])
+                        decay_n[e] = decay_e
+                        after[e] = decay_e * before[e] + x[e] * B_n
+            for k in range(size - 1, -1, -1):
+                t = start + k
+                u_t, dt_t, grad_y_t, grad_u_t, grad_dt_t = (
+                    u[b, t],
+                    dt[b, t],
+                    grad_y[b, t],
+                    grad_u[b, t],
+                    grad_dt[b, t],
+                )
+                for e in range(channels):
+                    x[e] = dt_t[e] * u_t[e]
+                    g_B[e] = zero
+                for n in range(A.shape[0]):
+                    before, after, decay_n, A_n, B_n = h[k, n], h[k + 1, n], decay[k, n], A[n], B[b, t, n]
+                    grad_h_n, grad_A_n, C_n = grad_h[b, n], grad_A[n], C[b, t, n]
+                    grad_B_n, grad_C_n = zero, zero
+                    for e in range(channels):
+                        g = grad_h_n[e] + grad_y_t[e] * C_n
+                        grad_C_n += after[e] * grad_y_t[e]
+                        grad_B_n += g * x[e]
+                        g_B[e] += g * B_n
+                        g *= decay_n[e]
+                        grad_h_n[e] = g
+                        w = g * before[e]
+                        grad_dt_t[e] += w * A_n[e]
+                        grad_A_n[e] += w * dt_t[e]
+                    grad_B[b, t, n], grad_C[b, t, n] = grad_B_n, grad_C_n
+                for e in range(channels):
+                    grad_u_t[e] = dt_t[e] * g_B[e]
+                    grad_dt_t[e] += u_t[e] * g_B[e]

@@ -1,0 +1,106 @@
+"""The selective scan on mamba_ssm's CUDA kernel, which knows neither resets nor states.
+
+`selective_scan_fn` runs from a zero state to the end and returns outputs. What it lacks is put into the
+sequence, in steps of its own and in step sizes:
+
+- N steps before the first carry the initial state in: step n writes h[e, n] = dt B u with dt = 2^-60, so that
+  exp(dt A) is 1 to the last bit, u = 2^60 h[e, n] and B = 1 at n.
+- At a reset K is added to dt and u is scaled by dt / (dt + K), so that dt B u stays as it is while
+  exp((dt + K) A) < e^-104 is zero in float32. K = 104 / min|A|, as small as it can be: the kernel finds
+  exp(dt A) h_{t-1} by subtraction, and the gradient of A gets that rounding K times.
+- N steps after the last, with dt = 0, read the last state out: C = 1 at n. (The kernel can return the last
+  state too, but no gradient comes back through that.)
+
+So T + 2N steps run, and autograd does the rest. Checked against the recurrence on the CPU, with a stand-in
+of the kernel's signature and meaning; it has not run on a GPU yet.
+
+Shapes: B rows, T time steps, E channels, N = d_state, L = T + 2N steps of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# e^-104 is below half of the smallest float32 above zero.
+LOG_OF_NOTHING = 104.0
+# A step size too small to decay anything; a power of two, so that dividing by it is exact.
+INSTANT = 2.0**-60
+
+# (u [B, E, L], delta [B, E, L], A [E, N], B [B, N, L], C [B, N, L]) -> y [B, E, L]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@cache
+def stock_kernel() -> Kernel | None:
+    """mamba_ssm's `selective_scan_fn`, or None where that package is not installed."""
+    if find_spec("mamba_ssm") is None:
+        return None
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn
+
+
+def require_stock_kernel() -> Kernel:
+    """The kernel, or ValueError."""
+    kernel = stock_kernel()
+    if kernel is None:
+        raise ValueError(
+            "backend 'cuda' needs the kernel of mamba_ssm, which is not installed: "
+            "pip install 'lit-rl-ssm[cuda]', or leave backend at 'auto'"
+        )
+    return kernel
+
+
+def cuda_scan(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    h_BEN: Tensor,
+    is_init_BT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan.selective_scan` on the stock kernel; ValueError where it cannot run."""
+    kernel = require_stock_kernel()
+    if not u_BTE.is_cuda:
+        raise ValueError(
+            f"backend 'cuda' got features on {u_BTE.device}: move the trunk and its inputs to a CUDA device, "
+            "or leave backend at 'auto'"
+        )
+    return scan_with(kernel, u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+
+
+def scan_with(
+    kernel: Kernel,
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    h_BEN: Tensor,
+    is_init_BT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan.selective_scan` by a kernel without resets and states."""
+    rows, steps, _ = u_BTE.shape
+    d_state = A_EN.shape[1]
+    K = LOG_OF_NOTHING / A_EN.detach().abs().min()
+    longer_BTE = dt_BTE + K * is_init_BT[:, :, None]
+    scaled_BTE = u_BTE * (dt_BTE / longer_BTE)
+
+    nothing_BEN = torch.zeros_like(h_BEN)
+    each_BNN = torch.eye(d_state, dtype=u_BTE.dtype, device=u_BTE.device).expand(rows, -1, -1)
+    nothing_BNN = torch.zeros_like(each_BNN)
+    y_BEL = kernel(
+        torch.cat([h_BEN / INSTANT, scaled_BTE.transpose(1, 2), nothing_BEN], dim=2),
+        torch.cat([nothing_BEN + INSTANT, longer_BTE.transpose(1, 2), nothing_BEN], dim=2),
+        A_EN,
+        torch.cat([each_BNN, B_BTN.transpose(1, 2), nothing_BNN], dim=2),
+        torch.cat([nothing_BNN, C_BTN.transpose(1, 2), each_BNN], dim=2),
+    )
+    _, y_BET, h_BEN = y_BEL.split([d_state, steps, d_state], dim=2)
+    return y_BET.transpose(1, 2), h_BEN
