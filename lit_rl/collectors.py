@@ -32,14 +32,14 @@ Arrays = np.ndarray | dict[str, np.ndarray]
 
 def to_tensor(arrays: Arrays, device: torch.device | str = "cpu") -> Any:
     """Arrays (or a mapping of them) as tensors, sharing memory on the CPU."""
-    if isinstance(arrays, Mapping):
-        return {key: to_tensor(array, device) for key, array in arrays.items()}
-    return torch.from_numpy(arrays).to(device)
+    if isinstance(arrays, np.ndarray):
+        return torch.from_numpy(arrays).to(device)
+    return {key: to_tensor(array, device) for key, array in arrays.items()}
 
 
 def check_finite(arrays: Arrays, env: VectorEnv, step: int, rows: np.ndarray | bool = True) -> None:
     """Raises `UserError` where one of `rows` (bool [E]) is not a number, before anything learns from it."""
-    for name, array in arrays.items() if isinstance(arrays, Mapping) else [("observation", arrays)]:
+    for name, array in [("observation", arrays)] if isinstance(arrays, np.ndarray) else arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1) & rows)
             if len(bad):
@@ -154,6 +154,7 @@ class RolloutCollector(BaseCollector):
         states: list[TensorDict] = []
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
+            noises = self.policy.policy.noise(T, E, generator=self.generator).unbind()
             for t in range(T):
                 if t % self.sequence_length == 0:
                     states.append(self._state)
@@ -165,7 +166,7 @@ class RolloutCollector(BaseCollector):
                     self._state,
                     torch.from_numpy(self._is_init).to(self.device),
                     with_value=not values_can_wait,
-                    generator=self.generator,
+                    noise=noises[t],
                 )
                 self._state = step.state
                 self._action[:, t] = step.action.cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,11 +18,10 @@ def value_loss(value: Tensor, target: Tensor, old_value: Tensor, clip: float | N
     With `clip`, the value may not move further than `clip` from `old_value` (as in OpenAI's PPO code;
     Andrychowicz et al. 2021, arXiv 2006.05990, appendix B.1): the worse of both errors counts.
     """
-    error = (value - target).square()
-    if clip is not None:
-        clipped = old_value + (value - old_value).clamp(-clip, clip)
-        error = torch.max(error, (clipped - target).square())
-    return 0.5 * error.mean()
+    if clip is None:
+        return 0.5 * F.mse_loss(value, target)
+    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    return 0.5 * torch.max((value - target).square(), (clipped - target).square()).mean()
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:

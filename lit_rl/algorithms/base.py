@@ -57,6 +57,13 @@ class LitAgent(L.LightningModule):
         """Share of the frame budget that is spent, 0 to 1."""
         return min(self.frames / self.total_frames, 1.0)
 
+    def count_optimizer_steps(self, steps: int) -> None:
+        """Adds to Lightning's `global_step` what was done without its optimizer wrapper."""
+        done = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for count in (done.total, done.current):
+            count.ready += steps
+            count.completed += steps
+
     def log_frames(self, metrics: dict[str, float]) -> None:
         """One record at the current frame count in every logger."""
         for logger in self.loggers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any, Literal
 
 import lightning as L
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.algorithms.base import LitAgent
+from lit_rl.algorithms.gradients import average_and_clip
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
@@ -254,9 +256,11 @@ class LitPPO(LitAgent):
         N, M = len(steps_NT), len(steps_NT) // self.num_minibatches
         # Plain dictionaries: looking into a TensorDict costs as much as a small operation.
         columns_NT = {key: steps_NT[key] for key in LEARNT_FROM}
-        optimizer = self.optimizers()
+        # Not through Lightning's wrappers of backward and step, which cost as much as the step itself.
+        optimizer = self.trainer.optimizers[0]
         parameters = list(self.agent.parameters())
         losses: list[Tensor] = []
+        grad_norms: list[float] = []
         log_ratios: list[Tensor] = []
         for _epoch in range(self.num_epochs):
             order = torch.randperm(N, device=steps_NT.device)
@@ -268,23 +272,24 @@ class LitPPO(LitAgent):
             for columns_MT, state_M in zip(minibatches, state_N[order].split(M), strict=True):
                 steps_MT = dict(zip(LEARNT_FROM, columns_MT, strict=True))
                 loss, measured, log_ratio_MT = self._minibatch_loss(steps_MT, state_M, clip, entropy_coef)
-                self.manual_backward(loss)
-                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                if not math.isfinite(grad_norm.item()):
+                loss.backward()
+                grad_norms.append(average_and_clip(parameters, self.max_grad_norm))
+                if not math.isfinite(grad_norms[-1]):
                     raise UserError(self._not_finite(loss, measured))
-                optimizer.step()  # type: ignore[union-attr]
+                optimizer.step()
                 for parameter in parameters:
                     parameter.grad = None
-                losses += [*measured.values(), grad_norm]
+                losses += measured.values()
                 log_ratios.append(log_ratio_MT)
             if self.target_kl is not None:
                 kl = reduce_sum(approx_kl(torch.stack(log_ratios[-self.num_minibatches :])))
                 if kl > self.target_kl * self.trainer.world_size:
                     break
-        names = [*measured, "grad_norm"]
-        means = torch.stack(losses).view(-1, len(names)).mean(0).tolist()
+        self.count_optimizer_steps(len(grad_norms))
+        means = torch.stack(losses).view(-1, len(measured)).mean(0).tolist()
         log_ratio = torch.stack(log_ratios)
-        return dict(zip(names, means, strict=True)) | {
+        return dict(zip(measured, means, strict=True)) | {
+            "grad_norm": fmean(grad_norms),
             "approx_kl": approx_kl(log_ratio).item(),
             "clip_fraction": clip_fraction(log_ratio.exp(), clip).item(),
             # 0 where the update sees what the rollout saw: memory, resets and normalisation alike.
@@ -335,6 +340,7 @@ class LitPPO(LitAgent):
         ).item()
         for name, group in zip(("lr", "trunk_lr"), self._parameter_groups(), strict=True):
             record[f"train/{name}"] = group["lr"]
+        record |= {f"trunk/{name}": value.item() for name, value in self.agent.trunk.metrics.items()}
         record |= self._finished_episodes(steps_ET)
         record["speed/steps_per_second"] = frames / (collecting + learning)
         record["speed/collect_steps_per_second"] = frames / collecting

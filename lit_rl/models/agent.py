@@ -138,11 +138,13 @@ class ActorCritic(nn.Module):
         *,
         greedy: bool = False,
         with_value: bool = True,
+        noise: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Action:
         """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``.
 
-        Without its value only where `values_can_wait`.
+        Actions are sampled with `noise` (of `PolicyHead.noise`) or else drawn from `generator`, unless
+        `greedy`. Without its value only where `values_can_wait`.
         """
         observation, is_init = self._add_time(observation), is_init.unsqueeze(1)
         value: Tensor | None = None
@@ -153,7 +155,11 @@ class ActorCritic(nn.Module):
             features, _ = self.trunk(self.encoder(self._normalize(observation)), state, is_init)
             params = self._in_float32(self.policy, features)
         params = params.squeeze(1)
-        action = self.policy.mode(params) if greedy else self.policy.sample(params, generator)
+        if greedy:
+            action = self.policy.mode(params)
+        else:
+            noise = self.policy.noise(len(params), generator=generator) if noise is None else noise
+            action = self.policy.choose(params, noise)
         return Action(action, params, value, state)
 
     @torch.no_grad()

@@ -34,8 +34,16 @@ class PolicyHead(nn.Module, ABC):
         """Parameters ``[..., P]`` of features ``[..., D]``."""
 
     @abstractmethod
+    def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:
+        """Random numbers ``[*shape, P]`` that `choose` turns into actions: many steps' worth in one call."""
+
+    @abstractmethod
+    def choose(self, params: Tensor, noise: Tensor) -> Tensor:
+        """The action ``[..., *action_shape]`` that these random numbers ``[..., P]`` draw."""
+
     def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
         """An action ``[..., *action_shape]`` drawn with the given random state."""
+        return self.choose(params, self.noise(*params.shape[:-1], generator=generator))
 
     @abstractmethod
     def mode(self, params: Tensor) -> Tensor:
@@ -82,10 +90,13 @@ class Categorical(PolicyHead):
             return scores.argmax(-1)
         return torch.stack([part.argmax(-1) for part in scores.split(self.sizes, -1)], -1)
 
-    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
+    def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:
         # p / E with E ~ Exp(1) is largest at i with probability p_i (the race that torch.multinomial runs).
-        race = torch.empty_like(params).exponential_(generator=generator)
-        return self._pick(params - race.log_())
+        race = torch.empty(*shape, self.num_params, device=next(self.parameters()).device)
+        return race.exponential_(generator=generator).log_().neg_()
+
+    def choose(self, params: Tensor, noise: Tensor) -> Tensor:
+        return self._pick(params + noise)
 
     def mode(self, params: Tensor) -> Tensor:
         return self._pick(params)
@@ -133,8 +144,10 @@ class Gaussian(PolicyHead):
     def forward(self, features: Tensor) -> Tensor:
         return self.mean(features)
 
-    def sample(self, params: Tensor, generator: Generator | None = None) -> Tensor:
-        noise = torch.empty_like(params).normal_(generator=generator)
+    def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:
+        return torch.empty(*shape, self.num_params, device=self.log_std.device).normal_(generator=generator)
+
+    def choose(self, params: Tensor, noise: Tensor) -> Tensor:
         return torch.addcmul(params, self.log_std.exp(), noise)
 
     def mode(self, params: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ Shapes: B rows (environments or windows), T time steps, F input features, D outp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -21,12 +23,14 @@ class Trunk(nn.Module, ABC):
     configuration schema: typed keyword arguments with defaults, `in_features` first and
     positional, the shared words `d_model` and `n_layers` where they apply.
 
-    Two optional members are found by attribute: `auxiliary_loss`, a scalar tensor set by the last
-    forward pass (for example a load-balance loss) that the algorithm adds to its own loss, and
-    `attention_maps(x, state, is_init)`, a list of ``[B, T, T]`` maps for pictures.
+    Three optional members are found by attribute. The last forward pass may set `auxiliary_loss`, a
+    scalar tensor (for example a load-balance loss) that the algorithm adds to its own loss, and `metrics`,
+    scalar tensors by name that it logs. `attention_maps(x, state, is_init)` gives a list of ``[B, T, T]``
+    maps for pictures.
     """
 
     auxiliary_loss: Tensor | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

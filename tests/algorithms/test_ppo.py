@@ -252,15 +252,9 @@ def test_training_stops_within_a_lightning_epoch() -> None:
 
 @pytest.mark.parametrize(("target_kl", "epochs"), [(None, 6), (1e-9, 1), (1e9, 6)])
 def test_target_kl_stops_the_epochs(target_kl: float | None, epochs: int) -> None:
-    steps = 0
-
-    class Counting(LitPPO):
-        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            nonlocal steps
-            steps += 1
-
-    train(walk(), algorithm=Counting, num_epochs=6, target_kl=target_kl)
-    assert steps == epochs * 2
+    model, _ = train(walk(), num_epochs=6, target_kl=target_kl)
+    [count] = {int(state["step"]) for state in model.trainer.optimizers[0].state.values()}
+    assert count == model.trainer.global_step == epochs * 2
 
 
 @pytest.mark.parametrize("value_trunk", ["shared", "separate"])
@@ -315,6 +309,17 @@ def test_auxiliary_losses_join_the_loss() -> None:
     terms = measured["policy_loss"] + 0.5 * measured["value_loss"] - 0.03 * measured["entropy"]
     assert measured["auxiliary_loss"] > 0.01
     torch.testing.assert_close(loss.detach(), terms + measured["auxiliary_loss"])
+
+
+def test_what_a_trunk_measures_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured(MLP):
+        def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+            self.metrics = {"largest": x.abs().max().detach()}
+            return super().forward(x, state, is_init)
+
+    monkeypatch.setattr("helpers.small", lambda _: Measured)
+    _, records = train(walk(), rollouts=2)
+    assert len(records.series("trunk/largest")) == 2
 
 
 # ------------------------------------------------------------------ guards
@@ -447,9 +452,7 @@ def test_learns_a_continuous_bandit(squash: bool) -> None:
 @pytest.mark.parametrize(("trunk", "solves"), [("gru", True), ("mlp", False)])
 def test_recall_needs_memory(trunk: str, solves: bool) -> None:
     env = EnvConfig("lit_rl/Recall-v0", num_envs=16, kwargs={"delay": 3})
-    _, records = train(
-        env, trunk, rollouts=40, rollout_length=40, lr=1e-2, num_minibatches=4, gamma=0.9, anneal_lr=False
-    )
+    _, records = train(env, trunk, rollouts=40, rollout_length=40, lr=1e-2, num_minibatches=4, gamma=0.9)
     success = mean_of_last(records, "episode/success", 5)
     assert success > 0.95 if solves else success < 0.65
 
