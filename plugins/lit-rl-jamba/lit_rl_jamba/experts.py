@@ -91,6 +91,7 @@ def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen_Nk.softmax(dim=-1), expert_Nk
 
 
+@torch.compiler.disable  # the sizes of its groups are numbers known only when it runs
 def mixture(
     x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor, gate_up_EGD: Tensor, down_EDH: Tensor
 ) -> Tensor:
