@@ -104,14 +104,13 @@ def mixture(
     expert_S = expert_Nk.flatten()
     order_S = expert_S.argsort(stable=True)
     counts = torch.bincount(expert_S, minlength=n_experts).tolist()
-    token_S = order_S // top_k
 
-    groups = x_ND.index_select(0, token_S).split(counts)
+    groups = x_ND.index_select(0, order_S // top_k).split(counts)
     gate_up_SG = torch.cat([F.linear(x, w) for x, w in zip(groups, gate_up_EGD.unbind(), strict=True)])
     groups = gated(gate_up_SG).split(counts)
     y_SD = torch.cat([F.linear(h, w) for h, w in zip(groups, down_EDH.unbind(), strict=True)])
-    y_SD = y_SD * weight_Nk.flatten().index_select(0, order_S)[:, None]
-    return y_SD.new_zeros(x_ND.shape).index_add(0, token_S, y_SD)
+    y_SD = y_SD.index_select(0, order_S.argsort())  # in the order of tokens again
+    return (y_SD.view(*weight_Nk.shape, -1) * weight_Nk[:, :, None]).sum(dim=1)
 
 
 def measure_load(logits_NE: Tensor, expert_Nk: Tensor) -> Load:
