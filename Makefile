@@ -4,7 +4,7 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 CONFIG ?= configs/ppo_cartpole.yaml
 
-.PHONY: help setup train test test-slow check bench
+.PHONY: help setup train test test-slow check bench bench-trunks gpu-check
 
 help:
 	@echo "make train      set up, then train PPO on CartPole-v1 (CONFIG=configs/... for another experiment)"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-slow  the learning runs of several seeds (about an hour)"
 	@echo "make check      formatter, linter, type checker, import contract"
 	@echo "make bench      training speed beside stable-baselines3"
+	@echo "make bench-trunks  what trunks cost beside nn.LSTM (NAMES='gru lstm' for some of them)"
+	@echo "make gpu-check  every trunk on the CUDA device: conformance, time, memory (NAMES=...)"
 	@echo "make setup      only set up: .venv with the core and every plugin, editable"
 
 setup: .venv/installed
@@ -41,3 +43,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m lit_rl.benchmarks.ppo_speed
+
+bench-trunks: setup
+	$(BIN)/python -m lit_rl.benchmarks.trunk_speed $(NAMES)
+
+gpu-check: setup
+	$(BIN)/python -m lit_rl.benchmarks.gpu_check $(NAMES)

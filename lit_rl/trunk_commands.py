@@ -1,4 +1,4 @@
-"""``lit-rl trunks list | check NAME | new NAME``.
+"""``lit-rl trunks list | check NAME [--learn] | new NAME``.
 
 `list` and `new` read package metadata only; torch is imported when `check` runs.
 """
@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--option", metavar="KEY=VALUE", action="append", default=[], help="constructor argument"
     )
+    check.add_argument("--learn", action="store_true", help="the memory ladder instead: PPO beside others")
+    check.add_argument("--seed", type=int, metavar="N", help="with --learn (default: 1)")
+    check.add_argument("--frames", type=int, metavar="N", help="with --learn: the budget of every run")
+    check.add_argument("--csv", type=Path, metavar="FILE", help="with --learn: where the runs are kept")
     check.set_defaults(command=_check)
 
     new = commands.add_parser("new", help="write a plugin package with a working trunk and its test")
@@ -96,6 +100,10 @@ def _is_installed(package: str) -> bool:
 def _check(arguments: argparse.Namespace) -> int:
     trunk = registry.load(arguments.name)
     options = _options(arguments.option, trunk, arguments.name)
+    ladder = {key: getattr(arguments, key) for key in ("seed", "frames", "csv")}
+    ladder = {key: value for key, value in ladder.items() if value is not None}
+    if ladder and not arguments.learn:
+        raise UserError(f"--{next(iter(ladder))} goes with --learn: add it, or leave the other out")
 
     from lit_rl.testing import Subject, run_checks
 
@@ -105,6 +113,11 @@ def _check(arguments: argparse.Namespace) -> int:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"trunk {arguments.name!r} cannot be built with {options}: {reason}") from error
+    if arguments.learn:
+        from lit_rl.benchmarks.ladder import run
+
+        run(arguments.name, options, **ladder)
+        return 0
     counts: Counter[str] = Counter()
     for verdict in run_checks(subject):
         counts[verdict.outcome] += 1

@@ -33,12 +33,12 @@ from lit_rl.testing.trunk_checks.runs import (
     Subject,
     T,
     differentiable,
-    dtype_of,
     gradients,
     inputs_from_start,
     inputs_in_flight,
     leaves,
     objective,
+    parameter_of,
     random_like_trunk,
     reset_patterns,
     run,
@@ -82,8 +82,10 @@ def check_spec(subject: Subject) -> None:
                 raise AssertionError(f"{name} is not a TensorDict of batch size [{rows}]")
         assert_same_spec(state, inputs.state, f"T={steps}")
     for key, leaf in leaves(trunk.initial_state(B)).items():
-        if leaf.is_floating_point() and leaf.dtype != dtype_of(trunk):
-            raise AssertionError(f"initial_state {key!r} is {leaf.dtype}, its parameters {dtype_of(trunk)}")
+        if leaf.is_floating_point() and leaf.dtype != parameter_of(trunk).dtype:
+            raise AssertionError(
+                f"initial_state {key!r} is {leaf.dtype}, its parameters {parameter_of(trunk).dtype}"
+            )
 
 
 def check_inputs_unchanged(subject: Subject) -> None:
@@ -145,7 +147,7 @@ def check_reset_starts_afresh(subject: Subject) -> None:
                 starts = is_init_BT[row].nonzero().flatten().tolist()
                 for start, stop in pairwise([*starts, T]):
                     episode = inputs.x[row : row + 1, start:stop]
-                    never = torch.zeros(1, stop - start, dtype=torch.bool)
+                    never = inputs.is_init.new_zeros(1, stop - start)
                     alone, _ = trunk(episode, trunk.initial_state(1), never)
                     part = y_BTD[row : row + 1, start:stop]
                     context = f"{name}, row {row}, episode from t={start}"

@@ -41,23 +41,25 @@ _RESETS: dict[str, list[list[int]]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A trunk class with the options it is tested under."""
+    """A trunk class with the options it is tested under, and the device."""
 
     trunk: type[Trunk]
     options: Mapping[str, Any] = field(default_factory=dict)
     in_features: int = 5
+    device: str = "cpu"
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Trunk:
-        """A fresh trunk in evaluation mode; its own initialisation is disturbed a little.
+        """A fresh trunk in evaluation mode, with the same weights on every device.
 
-        Initial zeros (biases, gates) would hide mistakes that training uncovers.
+        Its own initialisation is disturbed a little: initial zeros (biases, gates) would hide mistakes that
+        training uncovers.
         """
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             trunk = self.trunk(self.in_features, **self.options)
             for parameter in trunk.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        return trunk.to(dtype).eval()
+        return trunk.to(self.device, dtype).eval()
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ class Inputs:
     def clone(self) -> Inputs:
         return Inputs(self.x.clone(), self.state.clone(), self.is_init.clone())
 
-    def to(self, device: str) -> Inputs:
-        return Inputs(self.x.to(device), self.state.to(device), self.is_init.to(device))
+    def like(self, trunk: Trunk) -> Inputs:
+        """The same numbers on the device and in the dtype of a trunk."""
+        to = parameter_of(trunk)
+        state = {k: v.to(to if v.is_floating_point() else to.device) for k, v in leaves(self.state).items()}
+        return Inputs(self.x.to(to), TensorDict(state, self.state.batch_size), self.is_init.to(to.device))
 
     def steps(self, start: int, stop: int) -> Inputs:
         return replace(self, x=self.x[:, start:stop], is_init=self.is_init[:, start:stop])
@@ -104,21 +109,21 @@ def _is_init(rows: list[list[int]]) -> Tensor:
 
 
 def random_like_trunk(trunk: Trunk, *shape: int, seed: int) -> Tensor:
-    """Normal noise in the dtype of the trunk's parameters, the same numbers whatever that is."""
+    """Normal noise like the trunk's parameters, the same numbers whatever their dtype and device."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return noise.to(dtype_of(trunk))
+    return noise.to(parameter_of(trunk))
 
 
-def dtype_of(trunk: Trunk) -> torch.dtype:
-    """The dtype of the trunk's parameters, float32 if it has none."""
-    return next(trunk.parameters(), torch.empty(0)).dtype
+def parameter_of(trunk: Trunk) -> Tensor:
+    """Any parameter, for its dtype and device; float32 on the CPU if there is none."""
+    return next(trunk.parameters(), torch.empty(0))
 
 
 def inputs_from_start(trunk: Trunk, is_init_BT: Tensor, seed: int = 1) -> Inputs:
     """Random features from the initial state."""
     rows, steps = is_init_BT.shape
     x_BTF = random_like_trunk(trunk, rows, steps, trunk.in_features, seed=seed)
-    return Inputs(x_BTF, trunk.initial_state(rows), is_init_BT)
+    return Inputs(x_BTF, trunk.initial_state(rows), is_init_BT.to(x_BTF.device))
 
 
 def inputs_in_flight(trunk: Trunk, is_init_BT: Tensor, seed: int = 2) -> Inputs:

@@ -1,0 +1,138 @@
+"""Every trunk on a CUDA device: is it right there, and what does it cost? ``make gpu-check``.
+
+``python -m lit_rl.benchmarks.gpu_check [NAMES]`` needs torch, tensordict and the trunks, nothing else. A name
+is that of a registered trunk, or a class, ``pkg.mod:Class``. For each trunk, and each value of its option
+`backend` if it has one:
+
+- the conformance kit on the GPU (resets, gradients, bfloat16 autocast, compilation, ...), its tolerances
+  ten times those of the CPU, and values and gradients beside the CPU's in float64;
+- time (forward + backward of 128 steps, d_model 128, resets at 5 % of the steps) and peak memory, beside
+  `lstm`.
+
+Exit code 0 if all checks passed, 1 if not, 2 where nothing was checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from lit_rl.benchmarks.measure import (
+    Contender,
+    check_csv,
+    contenders,
+    forward_backward,
+    interleaved,
+    markdown,
+    peak_bytes,
+    random_resets,
+    write_csv,
+)
+from lit_rl.errors import UserError
+from lit_rl.testing import Subject, run_checks
+from lit_rl.testing.trunk_checks.platforms import agrees_with_cpu, exact_products
+from lit_rl.trunks import LSTM
+
+D_MODEL, T = 128, 128
+ROWS = (8, 64)
+RESETS = 0.05
+PEER = Contender("lstm", LSTM, {"d_model": D_MODEL})
+
+
+def variants(contender: Contender) -> Iterator[Contender]:
+    """A trunk with its defaults, or once for each value of its option `backend`."""
+    annotation = get_type_hints(contender.trunk.__init__).get("backend")
+    if get_origin(annotation) is not Literal:
+        yield contender
+        return
+    for backend in get_args(annotation):
+        yield replace(contender, name=f"{contender.name} backend={backend}", options={"backend": backend})
+
+
+def is_right(contender: Contender, device: str) -> str:
+    """Runs all checks on `device`, prints those that fail, and returns how many did what."""
+    subject = Subject(contender.trunk, contender.options, device=device)
+    counts: Counter[str] = Counter()
+    with exact_products():
+        for verdict in run_checks(subject):
+            # Its own check of CUDA starts from the CPU; here it is the one below, whatever the device.
+            if verdict.check == "cuda":
+                continue
+            counts[verdict.outcome] += 1
+            if verdict.outcome == "failed":
+                print(f"{contender.name}: {verdict.check}: {verdict.detail}", flush=True)
+        try:
+            agrees_with_cpu(subject, device)
+            counts["passed"] += 1
+        except Exception as error:  # a wrong trunk may raise anything
+            counts["failed"] += 1
+            print(f"{contender.name}: beside the CPU: {' '.join(str(error).split())}", flush=True)
+    return f"{counts['passed']} passed, {counts['failed']} failed"
+
+
+def costs(trunks: Sequence[Contender], device: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Time and memory of each trunk, beside the peer's, by name."""
+    found: dict[str, dict[str, Any]] = {one.name: {} for one in trunks}
+    for rows in ROWS:
+        is_init_BT = random_resets(rows, T, RESETS)
+        cases = {one.name: forward_backward(one.build(D_MODEL).to(device), is_init_BT) for one in trunks}
+        seconds = interleaved(cases, rounds)
+        peaks = {name: peak_bytes(case, device) for name, case in cases.items()}
+        for name in cases:
+            found[name] |= {
+                f"B={rows} ms": 1e3 * seconds[name],
+                f"B={rows} / lstm": seconds[name] / seconds[PEER.name],
+                f"B={rows} MiB": peaks[name] / 2**20,
+                f"B={rows} MiB / lstm": peaks[name] / peaks[PEER.name],
+            }
+    return found
+
+
+def runs_on(contender: Contender, device: str) -> bool:
+    """Whether one step can be made there; prints the reason if not."""
+    try:
+        forward_backward(contender.build(D_MODEL).to(device), random_resets(1, 2, 0.0))()
+    except Exception as error:  # kernels that are not installed, or not for this device, say so in many ways
+        print(f"{contender.name} does not run here: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+        return False
+    return True
+
+
+def check(trunks: Sequence[Contender], device: str, rounds: int = 20) -> list[dict[str, Any]]:
+    """A row for each trunk and backend that runs on `device`, the peer first."""
+    others = [variant for one in trunks if one.trunk is not PEER.trunk for variant in variants(one)]
+    running = [one for one in (PEER, *others) if runs_on(one, device)]
+    verdicts = {one.name: is_right(one, device) for one in running}
+    found = costs([one.with_usual(d_model=D_MODEL) for one in running], device, rounds)
+    return [{"trunk": name, "checks": verdicts[name], **found[name]} for name in verdicts]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Every trunk on a CUDA device: checks, time and memory.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="default: every registered trunk")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where the table is kept")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing was checked")
+        return 2
+    try:
+        check_csv(arguments.csv)
+        rows = check(contenders(arguments.names), "cuda")
+    except UserError as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{markdown(rows)}")
+    if arguments.csv is not None:
+        write_csv(arguments.csv, rows)
+    return 0 if all(row["checks"].endswith(" 0 failed") for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
