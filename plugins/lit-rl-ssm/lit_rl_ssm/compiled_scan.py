@@ -21,7 +21,6 @@ from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-COMPILED_DTYPES = (torch.float32, torch.float64)
 CHUNK = 16
 
 
@@ -34,7 +33,7 @@ def compiled_scan(
     h_BEN: Tensor,
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `selective_scan.selective_scan`; the tensors are all on the CPU and of one of `COMPILED_DTYPES`."""
+    """See `selective_scan.selective_scan`; all on the CPU, float32 or float64."""
     return _CompiledScan.apply(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
 
 

@@ -19,44 +19,19 @@ Shapes: B rows, T time steps, E channels, N = d_state, L = T + 2N steps of the k
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from lit_rl_ssm.kernels import Function, runs_on
 
 # e^-104 is below half of the smallest float32 above zero.
 LOG_OF_NOTHING = 104.0
 # A step size too small to decay anything; a power of two, so that dividing by it is exact.
 INSTANT = 2.0**-60
 
-# (u [B, E, L], delta [B, E, L], A [E, N], B [B, N, L], C [B, N, L]) -> y [B, E, L]
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@cache
-def stock_kernel() -> Kernel | None:
-    """mamba_ssm's `selective_scan_fn`, or None where that package is not installed."""
-    if find_spec("mamba_ssm") is None:
-        return None
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn
-
-
-def require_stock_kernel() -> Kernel:
-    """The kernel, or ValueError."""
-    kernel = stock_kernel()
-    if kernel is None:
-        raise ValueError(
-            "backend 'cuda' needs the kernel of mamba_ssm, which is not installed: "
-            "pip install 'lit-rl-ssm[cuda]', or leave backend at 'auto'"
-        )
-    return kernel
-
 
 def cuda_scan(
+    kernel: Function,
     u_BTE: Tensor,
     dt_BTE: Tensor,
     A_EN: Tensor,
@@ -65,18 +40,17 @@ def cuda_scan(
     h_BEN: Tensor,
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan.selective_scan` on the stock kernel; ValueError where it cannot run."""
-    kernel = require_stock_kernel()
-    if not u_BTE.is_cuda:
+    """See `selective_scan.selective_scan`; ValueError on tensors that the kernel does not take."""
+    if not runs_on(u_BTE):
         raise ValueError(
-            f"backend 'cuda' got features on {u_BTE.device}: move the trunk and its inputs to a CUDA device, "
-            "or leave backend at 'auto'"
+            f"the CUDA kernel does not take {u_BTE.dtype} on {u_BTE.device}: move the trunk and its inputs "
+            "to a CUDA device in float32, or choose backend 'auto'"
         )
     return scan_with(kernel, u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
 
 
 def scan_with(
-    kernel: Kernel,
+    kernel: Function,
     u_BTE: Tensor,
     dt_BTE: Tensor,
     A_EN: Tensor,
@@ -85,7 +59,10 @@ def scan_with(
     h_BEN: Tensor,
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan.selective_scan` by a kernel without resets and states."""
+    """Resets and states for any `kernel` without them.
+
+    It maps ``u [B, E, L], delta [B, E, L], A [E, N], B [B, N, L], C [B, N, L]`` to ``y [B, E, L]``.
+    """
     rows, steps, _ = u_BTE.shape
     d_state = A_EN.shape[1]
     K = LOG_OF_NOTHING / A_EN.detach().abs().min()

@@ -25,11 +25,7 @@ from torch.nn.functional import linear, silu, softplus
 
 from lit_rl_ssm.blocks import ResidualTrunk, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
-from lit_rl_ssm.cuda_scan import cuda_scan, require_stock_kernel
-from lit_rl_ssm.selective_scan import Scan, automatic_scan, hidden_attention, scan_step, selective_scan
-from lit_rl_ssm.torch_scan import torch_scan
-
-BACKENDS: dict[str, Scan] = {"auto": automatic_scan, "torch": torch_scan, "cuda": cuda_scan}
+from lit_rl_ssm.selective_scan import hidden_attention, scan_by, scan_step, selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
 
@@ -43,7 +39,7 @@ class MambaMixer(nn.Module):
         d_conv: W, taps of the convolution.
         expand: channels E as a multiple of D.
         dt_rank: R, width of the bottleneck that the step sizes come from; "auto" is D / 16 rounded up.
-        backend: a key of `BACKENDS`.
+        backend: see `selective_scan.scan_by`.
 
     State: "conv" ``[B, E, W-1]``, the last inputs of the convolution, and "ssm" ``[B, E, N]``.
     """
@@ -61,12 +57,8 @@ class MambaMixer(nn.Module):
         super().__init__()
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-        if backend == "cuda":
-            require_stock_kernel()
         self.d_model = d_model
-        self.scan = BACKENDS[backend]
+        self.scan = scan_by(backend)
         channels = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)

@@ -6,9 +6,9 @@ for each channel e and state n (Gu & Dao 2023, arXiv:2312.00752): A[e, n] is dis
 hold), B by Euler's rule, as in the paper's code. A reset at t makes exp(dt_t A) zero there, so that h_t
 starts from nothing. The skip D u needs no memory; it is left to the caller.
 
-Four ways lead to the same numbers: `scan_step` where T = 1; `compiled_scan` (numba) for float32 and float64
-on the CPU; `cuda_scan` on mamba_ssm's CUDA kernel; `torch_scan`, which runs anywhere. The scans are one node
-of the autograd graph each, whatever T.
+Four ways lead to the same numbers: `scan_step` where T = 1; `compiled_scan` (numba) on the CPU; `cuda_scan`
+on mamba_ssm's CUDA kernel; `torch_scan`, which runs anywhere. The scans are one node of the autograd graph
+each, whatever T.
 
 Shapes: B rows, T time steps, E channels (mamba's d_inner), N = d_state.
 """
@@ -16,12 +16,14 @@ Shapes: B rows, T time steps, E channels (mamba's d_inner), N = d_state.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lit_rl_ssm.compiled_scan import COMPILED_DTYPES, compiled_scan
-from lit_rl_ssm.cuda_scan import cuda_scan, stock_kernel
+from lit_rl_ssm.compiled_scan import compiled_scan
+from lit_rl_ssm.cuda_scan import cuda_scan
+from lit_rl_ssm.kernels import SELECTIVE_SCAN, Function, runs_on
 from lit_rl_ssm.torch_scan import torch_scan
 
 # (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT) -> (y_BTE, h_BEN)
@@ -50,13 +52,17 @@ def selective_scan(
         C_BTN: output map.
         h_BEN: state before the first step.
         is_init_BT: bool, true where row b's state is cleared before step t.
-        scan: what computes it, for example `automatic_scan`.
+        scan: what computes it, see `scan_by`. It is given float32 where these are shorter floats.
     """
+    wide = torch.promote_types(u_BTE.dtype, torch.float32)
+    tensors = (tensor.to(wide) for tensor in (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN))
     with torch.autocast(u_BTE.device.type, enabled=False):
-        return scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+        y_BTE, last_BEN = scan(*tensors, is_init_BT)
+    return y_BTE.to(u_BTE.dtype), last_BEN.to(h_BEN.dtype)
 
 
 def automatic_scan(
+    kernel: Function | None,
     u_BTE: Tensor,
     dt_BTE: Tensor,
     A_EN: Tensor,
@@ -65,13 +71,30 @@ def automatic_scan(
     h_BEN: Tensor,
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The fastest scan that these tensors allow."""
-    scan = torch_scan
-    if u_BTE.is_cuda and stock_kernel() is not None:
-        scan = cuda_scan
-    elif u_BTE.is_cpu and u_BTE.dtype in COMPILED_DTYPES:
-        scan = compiled_scan
+    """The fastest scan that these tensors allow; `kernel` is mamba_ssm's, if there is one."""
+    scan: Scan = compiled_scan if u_BTE.is_cpu else torch_scan
+    if kernel is not None and runs_on(u_BTE):
+        scan = partial(cuda_scan, kernel)
     return scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+
+
+BACKENDS: dict[str, Callable[[], Scan]] = {
+    "auto": lambda: partial(automatic_scan, SELECTIVE_SCAN.find()),
+    "torch": lambda: torch_scan,
+    "cuda": lambda: partial(cuda_scan, SELECTIVE_SCAN.require()),
+}
+
+
+def scan_by(backend: str) -> Scan:
+    """The scan of a layer built with `backend`.
+
+    Raises:
+        ValueError: no such backend.
+        ImportError: the backend is "cuda" and the kernel is not there.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    return BACKENDS[backend]()
 
 
 def scan_step(

@@ -13,6 +13,8 @@ from torch.nn.functional import silu, softplus
 
 from lit_rl import registry
 from lit_rl.testing import TrunkConformance
+from lit_rl.testing.trunk_checks import Subject
+from lit_rl.testing.trunk_checks.contract import check_no_leak_between_episodes
 
 torch.set_num_threads(1)
 
@@ -69,8 +71,7 @@ class TestMamba(TrunkConformance):
     trunk = Mamba
     options = (
         {"d_model": 16},
-        {"d_model": 12, "n_layers": 2, "d_state": 3, "d_conv": 1, "expand": 1},
-        {"d_model": 12, "n_layers": 2, "d_state": 5, "d_conv": 2, "expand": 3, "backend": "torch"},
+        {"d_model": 10, "n_layers": 2, "d_state": 3, "d_conv": 1, "expand": 3, "backend": "torch"},
     )
 
 
@@ -162,6 +163,12 @@ def features(trunk: Mamba, steps: int = 20):
     return x, trunk.initial_state(2), is_init
 
 
+def test_leaky_fails_the_check_of_leaks():
+    check_no_leak_between_episodes(Subject(Mamba, {"d_model": 8}))
+    with pytest.raises(AssertionError, match="reset"):
+        check_no_leak_between_episodes(Subject(Mamba, {"d_model": 8, "reset": "leaky"}))
+
+
 def test_strict_reset_forgets_and_leaky_does_not():
     torch.manual_seed(0)
     strict = Mamba(3, d_model=16, n_layers=2)
@@ -209,12 +216,17 @@ def test_hidden_attention_reproduces_each_layer_and_stops_at_resets():
         ({"expand": 0}, "expand must be at least 1, not 0"),
         ({"reset": "soft"}, "reset must be one of strict, leaky, not 'soft'"),
         ({"backend": "tpu"}, "backend must be one of auto, torch, cuda, not 'tpu'"),
-        ({"backend": "cuda"}, "backend 'cuda' needs the kernel of mamba_ssm"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, line):
     with pytest.raises(ValueError, match=line) as refusal:
         Mamba(3, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_backend_cuda_without_its_package_is_refused_in_one_line():
+    with pytest.raises(ImportError, match="selective_scan_fn needs the package mamba_ssm") as refusal:
+        Mamba(3, backend="cuda")
     assert "\n" not in str(refusal.value)
 
 

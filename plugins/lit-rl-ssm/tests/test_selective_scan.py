@@ -4,8 +4,8 @@ import pytest
 import torch
 from lit_rl_ssm import compiled_scan as compiled
 from lit_rl_ssm.compiled_scan import compiled_scan
-from lit_rl_ssm.cuda_scan import cuda_scan, scan_with
-from lit_rl_ssm.selective_scan import automatic_scan, hidden_attention, scan_step, selective_scan
+from lit_rl_ssm.cuda_scan import scan_with
+from lit_rl_ssm.selective_scan import automatic_scan, hidden_attention, scan_by, scan_step, selective_scan
 from lit_rl_ssm.torch_scan import torch_scan
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def by_steps(u, dt, A, B, C, h, is_init):
 def in_chunks(u, dt, A, B, C, h, is_init):
     outputs = []
     for now in torch.arange(u.shape[1]).split([1, 7, 17, 8] if u.shape[1] == 33 else 7):
-        y, h = automatic_scan(u[:, now], dt[:, now], A, B[:, now], C[:, now], h, is_init[:, now])
+        y, h = automatic_scan(None, u[:, now], dt[:, now], A, B[:, now], C[:, now], h, is_init[:, now])
         outputs.append(y)
     return torch.cat(outputs, dim=1), h
 
@@ -128,50 +128,52 @@ def test_what_is_given_stays_as_it_is(scan):
         torch.testing.assert_close(tensor.detach(), kept, rtol=0, atol=0)
 
 
-def test_automatic_scan_takes_the_compiled_one_where_it_runs(monkeypatch):
-    taken = []
-    monkeypatch.setattr("lit_rl_ssm.selective_scan.compiled_scan", lambda *given: taken.append("compiled"))
-    monkeypatch.setattr("lit_rl_ssm.selective_scan.torch_scan", lambda *given: taken.append("torch"))
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        automatic_scan(*inputs(2, 0, dtype))
-    assert taken == ["compiled", "compiled", "torch"]
-
-
 class OnCuda(Tensor):
     """A tensor on the CPU that says it is on a GPU."""
 
     is_cuda, is_cpu = True, False
 
 
-def test_automatic_scan_takes_the_stock_kernel_on_cuda_where_it_is_installed(monkeypatch):
-    given = inputs(9, 0.2, torch.float64)
-    expected = compiled_scan(*given)
-    given[0] = given[0].detach().as_subclass(OnCuda)
-    taken = []
-
-    def kernel(*tensors):
-        taken.append(tensors)
-        return kernel_stand_in(*tensors)
-
-    for module in ("cuda_scan", "selective_scan"):
-        monkeypatch.setattr(f"lit_rl_ssm.{module}.stock_kernel", lambda: kernel)
-    for scan in (automatic_scan, cuda_scan):
-        for found, exact in zip(scan(*given), expected, strict=True):
-            torch.testing.assert_close(found.as_subclass(Tensor), exact, rtol=0, atol=1e-10)
-    assert len(taken) == 2
-
-    monkeypatch.setattr("lit_rl_ssm.selective_scan.stock_kernel", lambda: None)
-    monkeypatch.setattr("lit_rl_ssm.selective_scan.torch_scan", lambda *given: "torch")
-    assert automatic_scan(*given) == "torch"
+@pytest.mark.parametrize(
+    ("kernel", "place", "dtype", "taken"),
+    [
+        (None, Tensor, torch.float32, "compiled_scan"),
+        (None, Tensor, torch.float64, "compiled_scan"),
+        (None, OnCuda, torch.float32, "torch_scan"),
+        (kernel_stand_in, Tensor, torch.float32, "compiled_scan"),
+        (kernel_stand_in, OnCuda, torch.float32, "cuda_scan"),
+        (kernel_stand_in, OnCuda, torch.float64, "torch_scan"),
+    ],
+)
+def test_automatic_scan_takes_what_runs_there(monkeypatch, kernel, place, dtype, taken):
+    for name in ("compiled_scan", "torch_scan", "cuda_scan"):
+        monkeypatch.setattr(f"lit_rl_ssm.selective_scan.{name}", lambda *given, name=name: name)
+    u, *others = inputs(2, 0, dtype)
+    assert automatic_scan(kernel, u.detach().as_subclass(place), *others) == taken
 
 
-def test_cuda_scan_says_what_is_missing(monkeypatch):
-    given = inputs(2, 0, torch.float32)
-    with pytest.raises(ValueError, match="needs the kernel of mamba_ssm"):
-        cuda_scan(*given)
-    monkeypatch.setattr("lit_rl_ssm.cuda_scan.stock_kernel", lambda: kernel_stand_in)
-    with pytest.raises(ValueError, match="got features on cpu"):
-        cuda_scan(*given)
+def test_backend_auto_and_cuda_run_the_kernel_that_is_found(monkeypatch):
+    monkeypatch.setattr("lit_rl_ssm.kernels.Kernel.find", lambda kernel: kernel_stand_in)
+    monkeypatch.setattr("lit_rl_ssm.kernels.Kernel.require", lambda kernel: kernel_stand_in)
+    given = inputs(9, 0.2, torch.float32)
+    expected = torch_scan(*given)
+    there = [given[0].detach().as_subclass(OnCuda), *given[1:]]
+    for backend in ("auto", "cuda"):
+        for found, exact in zip(scan_by(backend)(*there), expected, strict=True):
+            assert isinstance(found, OnCuda)
+            torch.testing.assert_close(found.as_subclass(Tensor), exact, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"does not take torch.float32 on cpu: move the trunk"):
+        scan_by("cuda")(*given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_half_precision_is_scanned_in_float32(backend):
+    given = inputs(200, 0.02, torch.bfloat16)
+    wide = [tensor.detach().float() for tensor in given[:6]]
+    y, h = selective_scan(*given, scan=scan_by(backend))
+    exact_y, exact_h = torch_scan(*wide, given[6])
+    torch.testing.assert_close(y, exact_y.bfloat16())
+    torch.testing.assert_close(h, exact_h.bfloat16())
 
 
 def test_autocast_does_not_round_the_scan():
