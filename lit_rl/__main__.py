@@ -14,7 +14,7 @@ usage: lit-rl COMMAND ...
   validate   evaluate        the same, under the names that training logs
   test       evaluate        lit-rl test --ckpt_path P [--episodes N] [--greedy false] [--env.id ID]
   predict    write episodes  lit-rl predict --ckpt_path P --output DIR [--episodes N]
-  trunks     architectures   lit-rl trunks list | check NAME | new NAME
+  trunks     architectures   lit-rl trunks list | check NAME [--learn] | new NAME
 
 'lit-rl COMMAND --help' tells a command's options, 'lit-rl fit --model.trunk.help gru' those of a trunk.
 """
