@@ -91,8 +91,10 @@ class WindowAttention(nn.Module):
     def _heads(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
         q_BTD, new_BTE = self._project(x_BTD, window)
         read_GWE, kv_BME = window.slide(kv_BME, new_BTE.to(kv_BME.dtype))
-        k_GHWC, v_GHWC = (self._split(part) for part in read_GWE.chunk(2, dim=2))
-        q_GHSC = self._split(window.cut(q_BTD))
+        q_GSD = window.cut(q_BTD)
+        G, S, _ = q_GSD.shape
+        q_GHSC = q_GSD.view(G, S, self.n_heads, -1).transpose(1, 2)
+        k_GHWC, v_GHWC = read_GWE.view(G, -1, 2, self.n_heads, self.head_width).permute(2, 0, 3, 1, 4)
         q_GHSC, bias = self._score(q_GHSC, window)
         return Heads(q_GHSC, k_GHWC, v_GHWC, bias), kv_BME
 
@@ -102,7 +104,4 @@ class WindowAttention(nn.Module):
 
     def _score(self, q_GHSC: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """The queries, and what their scores gain beside the product with the keys."""
-        return q_GHSC, window.align(window.bias_BNSd).flatten(0, 1).unsqueeze(1)
-
-    def _split(self, x_GSD: Tensor) -> Tensor:
-        return x_GSD.unflatten(2, (self.n_heads, self.head_width)).transpose(1, 2)
+        return q_GHSC, window.align(window.bias_BNSd).flatten(0, 1)[:, None]

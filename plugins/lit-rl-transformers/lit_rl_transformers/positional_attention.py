@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl_transformers.attention import WindowAttention
-from lit_rl_transformers.positions import rotate, rotation, sinusoids
+from lit_rl_transformers.positions import rotate, rotation, signed_frequencies, sinusoids
 from lit_rl_transformers.window import Window
 
 
@@ -35,15 +35,17 @@ class RotaryAttention(WindowAttention):
                 f"heads of odd width ({d_model} / {n_heads} = {d_model // n_heads}) have no pairs to rotate: "
                 "change d_model or n_heads"
             )
+        # A list: a buffer would be rounded to float32 with the parameters.
+        self.frequencies = signed_frequencies(self.head_width)
 
     def window(self, age_B: Tensor, is_init_BT: Tensor) -> Window:
         window = super().window(age_B, is_init_BT)
-        return replace(window, rotation=rotation(window.age_BT, self.head_width, self.out.weight.dtype))
+        return replace(window, rotation=rotation(window.age_BT, self.frequencies, self.out.weight.dtype))
 
     def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         assert window.rotation is not None
         qk, v_BTD = self.qkv(x_BTD).split([2 * self.d_model, self.d_model], dim=2)
-        turned = rotate(qk.unflatten(2, (-1, self.head_width)), window.rotation).flatten(2)
+        turned = rotate(qk.view(*qk.shape[:2], -1, self.head_width), window.rotation).flatten(2)
         q_BTD, k_BTD = turned.chunk(2, dim=2)
         return q_BTD.to(v_BTD.dtype), torch.cat([k_BTD, v_BTD], dim=2)
 
@@ -58,14 +60,14 @@ class RelativeAttention(WindowAttention):
         self.position = nn.Linear(d_model, d_model, bias=False)  # W_kr
         self.content_bias = nn.Parameter(torch.zeros(n_heads, 1, self.head_width))  # u
         self.position_bias = nn.Parameter(torch.zeros(n_heads, 1, self.head_width))  # v
-        table_dD = sinusoids(torch.arange(memory, -1, -1), d_model).to(self.out.weight)
-        self.register_buffer("distances", table_dD, persistent=False)  # R
+        table_dD = sinusoids(torch.arange(memory, -1, -1), d_model) * self.head_width**-0.5
+        self.register_buffer("distances", table_dD.to(self.out.weight), persistent=False)  # R / sqrt(C)
 
     def _score(self, q_GHSC: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         G, H, S, C = q_GHSC.shape
-        r_HCd = self.position(self.distances * C**-0.5).view(-1, H, C).permute(1, 2, 0)
+        r_HCd = self.position(self.distances).view(-1, H, C).permute(1, 2, 0)
         # One product a head over all blocks: the table of positions is the same for all.
         q_HGSC = (q_GHSC + self.position_bias).transpose(0, 1).reshape(H, G * S, C)
-        by_distance_HGSd = torch.bmm(q_HGSC, r_HCd).view(H, G, S, -1)
-        bias_GHSd = by_distance_HGSd.transpose(0, 1) + window.bias_BNSd.flatten(0, 1).unsqueeze(1)
-        return q_GHSC + self.content_bias, window.align(bias_GHSd)
+        hidden = window.bias_BNSd.view(1, G * S, -1)
+        bias_HGSd = torch.baddbmm(hidden, q_HGSC, r_HCd).view(H, G, S, -1)
+        return q_GHSC + self.content_bias, window.align(bias_HGSd).transpose(0, 1)

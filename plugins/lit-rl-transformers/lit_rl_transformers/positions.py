@@ -11,26 +11,32 @@ from torch import Tensor
 BASE = 10_000.0  # of the geometric series of wavelengths, as in both papers
 
 
-def frequencies(pairs: int, device: torch.device | None = None) -> Tensor:
+def frequencies(pairs: int) -> Tensor:
     """Angles a step turns by, ``BASE ** (-i / pairs)``, in float64."""
-    return BASE ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+    return BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
 
 
 def sinusoids(distances: Tensor, width: int) -> Tensor:
     """R of Transformer-XL, ``[..., width]`` in float64: sines, then cosines."""
-    angles = distances[..., None].double() * frequencies((width + 1) // 2, distances.device)
+    angles = distances[..., None] * frequencies((width + 1) // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
 
 
-def rotation(position_BT: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine by which `rotate` turns heads of even `width` at each position, ``[B, T, 1, C]``.
+def signed_frequencies(width: int) -> list[float]:
+    """What `rotation` needs of a head of even `width`: minus the frequencies, then the frequencies."""
+    positive = frequencies(width // 2).tolist()
+    return [-f for f in positive] + positive
+
+
+def rotation(position_BT: Tensor, signed: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine by which `rotate` turns heads at each position, ``[B, T, 1, C]``.
 
     The angles are float64: an episode may be of any length, and a position times a frequency in float32 would
     be wrong by 1e-3 after ten thousand steps.
     """
-    angles = position_BT[:, :, None, None] * frequencies(width // 2, position_BT.device)
-    sine = angles.sin()
-    return torch.cat([angles, angles], -1).cos().to(dtype), torch.cat([-sine, sine], -1).to(dtype)
+    turns = torch.tensor(signed, dtype=torch.float64, device=position_BT.device)
+    angles = position_BT[:, :, None, None] * turns
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_BTHC: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
@@ -38,5 +44,5 @@ def rotate(x_BTHC: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
 
     The product of a query and a key so turned depends on the difference of their positions alone.
     """
-    cosine, sine = by
-    return x_BTHC * cosine + x_BTHC.roll(x_BTHC.shape[-1] // 2, dims=-1) * sine
+    cosine, signed_sine = by
+    return torch.addcmul(x_BTHC * cosine, x_BTHC.roll(x_BTHC.shape[-1] // 2, dims=-1), signed_sine)

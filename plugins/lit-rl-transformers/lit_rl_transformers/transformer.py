@@ -8,12 +8,13 @@ show, whereas the time since the start of an episode goes on to numbers that tra
 
 No dropout anywhere: acting and learning must be the same function, or the PPO ratio does not begin at 1.
 
-Shapes: B rows, T time steps, D = d_model, L layers, M = memory, E = 2 D (key, value).
+Shapes: B rows, T time steps, D = d_model, M = memory, E = 2 D (key, value).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from tensordict import TensorDict
@@ -57,58 +58,62 @@ class Layer(nn.Module):
 class AttentionTrunk(Trunk):
     """Features -> `d_model` -> layers -> output; the state is one cache of keys and values a layer.
 
-    State: `kv` ``[B, L, M, E]``, the last M steps, the latest last, zeros before the episode; `age` ``[B]``,
-    the steps of the episode so far (int64).
+    State: for each layer l `kv_l` ``[B, M, E]``, the last M steps, the latest last, zeros before the episode;
+    and `age` ``[B]``, the steps of the episode so far (int64). A tensor a layer, not one stacked over layers:
+    acting then moves every cache once a step, and stacking would move all of it again.
     """
 
     def __init__(self, in_features: int, layers: Sequence[Layer], last: nn.Module) -> None:
         if not layers:
-            raise ValueError("n_layers must be at least 1, not 0")
+            raise ValueError("n_layers must be at least 1")
         attention = layers[0].attention
         super().__init__(in_features, out_features=attention.d_model)
-        self.memory = attention.memory
-        self.embed = nn.Linear(in_features, self.out_features)
+        self.embed = nn.Linear(in_features, attention.d_model)
         self.layers = nn.ModuleList(layers)
         self.last = last
+        self.cache_shape = (attention.memory, 2 * attention.d_model)
+        self.cache_keys = tuple(f"kv_{number}" for number in range(len(layers)))
 
     def initial_state(self, batch_size: int) -> TensorDict:
         weight = self.embed.weight
-        shape = (batch_size, *self._cache_shape())
-        empty = {"kv": weight.new_zeros(shape), "age": weight.new_zeros(batch_size, dtype=torch.int64)}
+        empty = {key: weight.new_zeros(batch_size, *self.cache_shape) for key in self.cache_keys}
+        empty["age"] = weight.new_zeros(batch_size, dtype=torch.int64)
         return TensorDict(empty, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        x_BTD, kv_BLME, window = self._enter(x, state, is_init)
-        caches = []
-        for layer, kv_BME in zip(self.layers, kv_BLME.unbind(1), strict=True):
-            x_BTD, kv_BME = layer(x_BTD, kv_BME, window)
-            caches.append(kv_BME)
-        after = {"kv": torch.stack(caches, dim=1), "age": window.age_after_B}
-        return self.last(x_BTD), TensorDict(after, batch_size=state.batch_size)
+        x_BTD, caches, window = self._enter(x, state, is_init)
+        after = {"age": window.age_after_B}
+        for key, layer in self._stack():
+            x_BTD, after[key] = layer(x_BTD, caches[key], window)
+        return self.last(x_BTD), TensorDict(after, batch_size=state.batch_size, device=state.device)
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """Weights between the steps of the pass, ``[B, T, T]`` a layer: mean over heads, cache left out."""
-        x_BTD, kv_BLME, window = self._enter(x, state, is_init)
+        x_BTD, caches, window = self._enter(x, state, is_init)
         maps = []
-        for layer, kv_BME in zip(self.layers, kv_BLME.unbind(1), strict=True):
-            maps.append(layer.attention.weights(layer.attention_norm(x_BTD), kv_BME, window))
-            x_BTD, _ = layer(x_BTD, kv_BME, window)
+        for key, layer in self._stack():
+            maps.append(layer.attention.weights(layer.attention_norm(x_BTD), caches[key], window))
+            x_BTD, _ = layer(x_BTD, caches[key], window)
         return maps
 
-    def _enter(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, Tensor, Window]:
-        kv_BLME, age_B = state.get("kv", None), state.get("age", None)
-        if kv_BLME is None or age_B is None or kv_BLME.shape[1:] != self._cache_shape():
-            given = {key: list(entry.shape[1:]) for key, entry in state.items()}
+    def _enter(
+        self, x: Tensor, state: TensorDict, is_init: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Window]:
+        entries = cast(dict[str, Tensor], dict(state.items()))
+        shapes = {key: tuple(entry.shape[1:]) for key, entry in entries.items()}
+        expected = dict.fromkeys(self.cache_keys, self.cache_shape) | {"age": ()}
+        if shapes != expected:
             raise ValueError(
-                f"the state holds {given} a row, not 'kv' {list(self._cache_shape())} and 'age' []: "
-                "it is another trunk's; begin from this trunk's initial_state"
+                f"the state holds {shapes} a row, not {expected}: it is another trunk's or of other options; "
+                "begin from this trunk's initial_state"
             )
-        window = self.layers[0].attention.window(age_B, is_init)
+        _, first = next(self._stack())
+        window = first.attention.window(entries["age"], is_init)
         # Under autocast products are rounded; the stream, to which every layer adds, keeps its own precision.
-        return self.embed(x).to(kv_BLME.dtype), kv_BLME, window
+        return self.embed(x).to(self.embed.weight.dtype), entries, window
 
-    def _cache_shape(self) -> tuple[int, int, int]:
-        return len(self.layers), self.memory, 2 * self.out_features
+    def _stack(self) -> Iterator[tuple[str, Layer]]:
+        return zip(self.cache_keys, cast(Iterable[Layer], self.layers), strict=True)
 
 
 class Transformer(AttentionTrunk):

@@ -27,6 +27,15 @@ HIDDEN = -1e30
 SHORTEST_BLOCK = 16  # blocks of fewer queries cost more to lay out than they save
 
 
+def episode_ages(age_B: Tensor, is_init_BT: Tensor) -> Tensor:
+    """Steps of the episode before each step of a pass, ``[B, T]``, where `age_B` stand before the pass."""
+    if is_init_BT.shape[1] == 1:
+        return age_B[:, None].masked_fill(is_init_BT, 0)
+    step_T = torch.arange(is_init_BT.shape[1], device=is_init_BT.device)
+    # An episode that began before the pass began at step -age of it.
+    return step_T - torch.where(is_init_BT, step_T, -age_B[:, None]).cummax(dim=1).values
+
+
 @dataclass(frozen=True)
 class Window:
     """Blocks, visibility and cache slots of one pass over T steps."""
@@ -50,30 +59,26 @@ class Window:
     def of_pass(cls, age_B: Tensor, is_init_BT: Tensor, memory: int, dtype: torch.dtype) -> Window:
         """The window of a pass that `age_B` steps of each row's episode precede; scores have `dtype`."""
         (B, T), device = is_init_BT.shape, is_init_BT.device
-        blocks = 1 if 2 * memory >= T else -(-T // max(memory, SHORTEST_BLOCK))
+        blocks = -(-T // max(memory, SHORTEST_BLOCK))
         block_steps = -(-T // blocks)
-        step_T = torch.arange(T, device=device)
-        # An episode that began before the pass began at step -age of it.
-        age_BT = step_T - torch.where(is_init_BT, step_T, -age_B[:, None]).cummax(dim=1).values
+        missing = blocks * block_steps - T
 
-        age_BNS1 = pad(age_BT, (0, blocks * block_steps - T)).view(B, blocks, block_steps, 1)
+        age_BT = episode_ages(age_B, is_init_BT)
+        age_BNS1 = _pad_end(age_BT, missing).view(B, blocks, block_steps, 1)
         hidden_BNSd = torch.arange(memory, -1, -1, device=device) > age_BNS1
         bias_BNSd = torch.zeros(hidden_BNSd.shape, dtype=dtype, device=device).masked_fill_(
             hidden_BNSd, HIDDEN
         )
 
-        # Rows of `slots`: M of the cache, T new steps, one of zeros.
-        first_B1 = torch.arange(B, device=device)[:, None] * (memory + T + 1)
-        zero_B1 = first_B1 + memory + T
-        start_N1 = torch.arange(blocks, device=device)[:, None] * block_steps
-        slot = (start_N1 + torch.arange(memory + block_steps, device=device)).flatten()
-        is_held = (slot >= memory - age_BT[:, :1]) & (slot < memory + T)
-        read = torch.where(is_held, first_B1 + slot, zero_B1).flatten()
+        # A row of `slots`: zeros, then M of the cache, then the T new steps. Slot 0 stands for all zeros.
+        slot_BP = torch.arange(B * (1 + memory + T), device=device).view(B, -1)[:, 1:]
+        back_P = torch.arange(memory, -T, -1, device=device)  # steps from each slot to the first new step
+        from_entry_BP = slot_BP.masked_fill(back_P > age_BT[:, :1], 0)
+        read = _pad_end(from_entry_BP, missing).unfold(1, memory + block_steps, block_steps).flatten()
         keep = None
         if T > 1:
-            slot = torch.arange(T, memory + T, device=device)
-            is_held = slot >= memory + T - 1 - age_BT[:, -1:]
-            keep = torch.where(is_held, first_B1 + slot, zero_B1).flatten()
+            from_end_BP = slot_BP.masked_fill(back_P + (T - 1) > age_BT[:, -1:], 0)
+            keep = from_end_BP[:, T:].flatten()
         return cls(memory, T, blocks, block_steps, age_BT, bias_BNSd, read, keep)
 
     @property
@@ -83,17 +88,18 @@ class Window:
 
     def slide(self, cache_BME: Tensor, new_BTE: Tensor) -> tuple[Tensor, Tensor]:
         """What the blocks read, ``[B*N, W, E]``, and the cache after the pass, ``[B, M, E]``."""
-        zero_B1E = new_BTE.new_zeros(new_BTE.shape[0], 1, new_BTE.shape[2])
-        slots = torch.cat([cache_BME, new_BTE, zero_B1E], dim=1).flatten(0, 1)
-        read = slots.index_select(0, self.read).unflatten(0, (-1, self.memory + self.block_steps))
+        B, _, E = new_BTE.shape
+        slots = torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
+        read_GWE = slots.index_select(0, self.read).view(-1, self.memory + self.block_steps, E)
         if self.keep is None:
-            return read, read[:, 1:]
-        return read, slots.index_select(0, self.keep).unflatten(0, (-1, self.memory))
+            return read_GWE, read_GWE[:, 1:]
+        return read_GWE, slots.index_select(0, self.keep).view(B, self.memory, E)
 
     def cut(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
         missing = self.blocks * self.block_steps - self.steps
-        return pad(x_BTD, (0, 0, 0, missing)).reshape(-1, self.block_steps, x_BTD.shape[2])
+        x_BTD = pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD
+        return x_BTD.reshape(-1, self.block_steps, x_BTD.shape[2])
 
     def join(self, x_GSD: Tensor) -> Tensor:
         """Blocks ``[B*N, S, D]`` back to ``[B, T, D]``."""
@@ -106,6 +112,8 @@ class Window:
         rows of W are just that: each begins one number later (the relative shift of Dai et al., appendix B).
         """
         S, W = self.block_steps, self.memory + self.block_steps
+        if S == 1:  # acting: one query, one key a distance
+            return bias
         return pad(bias, (0, S), value=HIDDEN).flatten(-2)[..., : S * W].unflatten(-1, (S, W))
 
     def square(self, weights_GSW: Tensor) -> Tensor:
@@ -117,3 +125,7 @@ class Window:
             stop = start + self.block_steps
             square[:, start:stop, start : self.memory + stop] = weights_BNSW[:, n]
         return square[:, : self.steps, self.memory : self.memory + self.steps]
+
+
+def _pad_end(x_BT: Tensor, missing: int) -> Tensor:
+    return pad(x_BT, (0, missing)) if missing else x_BT
