@@ -3,21 +3,32 @@
     y_t = bias + sum_k weight[:, W-1-k] * x_{t-k}        for k = 0 .. W-1,
 
 where x_{t-k} counts as zero if a reset stands in (t-k, t]. Inputs from before the pass come from the state.
-W is small (4 in Mamba), so this is a sum of W shifted products; there is no loop over time.
+W is small (4 in Mamba), so this is a sum of W shifted products; there is no loop over time. Gradients are
+written out by hand, which spares autograd's copies of each shifted product.
 
 Shapes: B rows, T time steps, D channels, W taps, P = W - 1 past inputs, S = P + T.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lit_rl_ssm.episodes import episode_numbers, may_reset_inside
+from lit_rl_ssm.kernels import Function, convolution_by_kernel, convolution_runs_on
 
 
 def causal_convolution(
-    x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor, state_BDP: Tensor, is_init_BT: Tensor
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    bias_D: Tensor,
+    state_BDP: Tensor,
+    is_init_BT: Tensor,
+    *,
+    kernel: Function | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of T steps and the window after them.
 
@@ -27,6 +38,7 @@ def causal_convolution(
         bias_D: added to every step.
         state_BDP: the W - 1 inputs before the first step, the oldest first.
         is_init_BT: bool, true where the window is emptied before ``x[b, t]`` enters it.
+        kernel: `causal_conv1d_fn`, used where it runs; None for tensor operations alone.
 
     Returns:
         ``y [B, T, D]`` and the next ``state [B, D, W-1]``.
@@ -37,28 +49,64 @@ def causal_convolution(
     if x_BTD.shape[1] == 1:
         y_BD = (window_BSD * weight_DW.t()).sum(dim=1) + bias_D
         return y_BD[:, None], window_BSD[:, 1:].transpose(1, 2)
-    steps, past = x_BTD.shape[1], past_BPD.shape[1]
-    has_inner_resets = past > 0 and may_reset_inside(is_init_BT)
-    is_same = _same_episode(is_init_BT, past, x_BTD.dtype) if has_inner_resets else None
 
-    y_BTD = torch.addcmul(bias_D, x_BTD, weight_DW[:, -1])
-    for tap in range(past):
-        tapped_BTD = window_BSD[:, tap : tap + steps]
-        if is_same is not None:
-            tapped_BTD = tapped_BTD * is_same[tap]
-        y_BTD = torch.addcmul(y_BTD, tapped_BTD, weight_DW[:, tap])
+    steps, past = x_BTD.shape[1], past_BPD.shape[1]
+    episode_BS = None
+    if past > 0 and may_reset_inside(is_init_BT):
+        episode_BT = episode_numbers(is_init_BT)
+        # A reset at t = 0 has cleared the state already, so what is left of it belongs to the first episode.
+        episode_BS = torch.cat([episode_BT[:, :1].expand(-1, past), episode_BT], dim=1)
+    if kernel is not None and convolution_runs_on(window_BSD, taps=past + 1):
+        y_BTD = convolution_by_kernel(kernel, window_BSD, weight_DW, bias_D, episode_BS)
+    else:
+        y_BTD = _convolve(window_BSD, weight_DW, bias_D, episode_BS)
     last_BPD = window_BSD[:, steps:]
-    if is_same is not None:
-        # The input that tap k + 1 saw at the last step is the one that tap k will see next.
-        last_BPD = last_BPD * torch.stack([is_same[tap][:, -1] for tap in range(1, past + 1)], dim=1)
+    if episode_BS is not None:
+        is_last_BP = episode_BS[:, steps:] == episode_BS[:, -1:]
+        last_BPD = last_BPD * is_last_BP.to(last_BPD.dtype)[:, :, None]
     return y_BTD, last_BPD.transpose(1, 2)
 
 
-def _same_episode(is_init_BT: Tensor, past: int, dtype: torch.dtype) -> list[Tensor]:
-    """For each tap ``[B, T, 1]``: 1 where the input it sees belongs to the step's own episode, else 0."""
-    episode_BT = episode_numbers(is_init_BT)
-    # A reset at t = 0 has cleared the state already, so what is left of it belongs to the first episode.
-    episode_BS = torch.cat([episode_BT[:, :1].expand(-1, past), episode_BT], dim=1)
-    steps = episode_BT.shape[1]
-    taps = [episode_BS[:, tap : tap + steps] == episode_BT for tap in range(past + 1)]
-    return [is_same_BT.to(dtype)[:, :, None] for is_same_BT in taps]
+def _convolve(window_BSD: Tensor, weight_DW: Tensor, bias_D: Tensor, episode_BS: Tensor | None) -> Tensor:
+    same = None
+    if episode_BS is not None:
+        steps = window_BSD.shape[1] - weight_DW.shape[1] + 1
+        taps = episode_BS.unfold(1, steps, 1)  # [B, W, T]: the episodes of what each tap sees
+        same = (taps[:, :-1] == taps[:, -1:]).to(window_BSD.dtype)[..., None]
+    # A strided weight would slow every product down; contiguous rows of D do not.
+    y: Tensor = _Convolution.apply(window_BSD, weight_DW.t().contiguous(), bias_D, same)
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    """The sum over taps; `same` ``[B, P, T, 1]`` is 0 where the input of a past tap is of another episode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, window_BSD: Tensor, weight_WD: Tensor, bias_D: Tensor, same_BPT1: Tensor | None
+    ) -> Tensor:
+        past = weight_WD.shape[0] - 1
+        steps = window_BSD.shape[1] - past
+        y_BTD = torch.addcmul(bias_D, window_BSD[:, past:], weight_WD[past])
+        for tap in range(past):
+            tapped_BTD = window_BSD[:, tap : tap + steps]
+            if same_BPT1 is not None:
+                tapped_BTD = tapped_BTD * same_BPT1[:, tap]
+            y_BTD.addcmul_(tapped_BTD, weight_WD[tap])
+        ctx.save_for_backward(window_BSD, weight_WD, same_BPT1)
+        return y_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        window_BSD, weight_WD, same_BPT1 = ctx.saved_tensors
+        past, steps = weight_WD.shape[0] - 1, dy_BTD.shape[1]
+        dwindow_BSD = torch.zeros_like(window_BSD)
+        dweight = []
+        for tap in range(past + 1):
+            dtap_BTD = dy_BTD
+            if same_BPT1 is not None and tap < past:
+                dtap_BTD = dy_BTD * same_BPT1[:, tap]
+            dwindow_BSD[:, tap : tap + steps].addcmul_(dtap_BTD, weight_WD[tap])
+            dweight.append((dtap_BTD * window_BSD[:, tap : tap + steps]).sum((0, 1)))
+        return dwindow_BSD, torch.stack(dweight), dy_BTD.sum((0, 1)), None

@@ -1,11 +1,12 @@
-"""CUDA kernels of optional packages: which are there, and Mamba-2's way through one of them.
+"""CUDA kernels of optional packages: which are there, and the ways through those that Mamba-2 uses.
 
 A kernel is looked for by itself, since the packages install apart and one may be broken while another works.
 
-`chunk_scan_by_kernel` has not run on a GPU yet: it is written after the signature and the meaning that
-mamba_ssm 2.3 publishes, and checked on the CPU with a stand-in.
+The two functions at the end have not run on a GPU yet: they are written after the signatures and the meaning
+that mamba_ssm 2.3 and causal_conv1d 1.7 publish, and checked on the CPU with stand-ins.
 
-Shapes: B rows, T time steps, H heads, P = headdim, N = d_state.
+Shapes: B rows, T time steps, H heads, P = headdim, N = d_state; of the convolution D channels, W taps,
+S = W - 1 + T.
 """
 
 from __future__ import annotations
@@ -128,3 +129,26 @@ def chunk_scan_by_kernel(
         return_final_states=True,
     )
     return y_BTHP, state_BHPN.to(x_BTHP.dtype)
+
+
+def convolution_runs_on(window_BSD: Tensor, taps: int) -> bool:
+    """Whether `convolution_by_kernel` takes this window: 2 to 4 taps, channels in eights."""
+    return runs_on(window_BSD) and 2 <= taps <= 4 and window_BSD.shape[2] % 8 == 0
+
+
+def convolution_by_kernel(
+    kernel: Function, window_BSD: Tensor, weight_DW: Tensor, bias_D: Tensor, episode_BS: Tensor | None
+) -> Tensor:
+    """`convolution.causal_convolution`'s ``y [B, T, D]`` by `causal_conv1d_fn`.
+
+    The past inputs stand in the window as steps of their own, whose outputs are dropped: the kernel's own
+    initial state cannot be told apart by episode in all its versions.
+    """
+    y_BDS = kernel(
+        window_BSD.transpose(1, 2),
+        weight_DW,
+        bias_D,
+        seq_idx=None if episode_BS is None else episode_BS.int(),
+    )
+    # Transposed first: the gradient that comes back must have its channels last, as the kernel wants it.
+    return y_BDS.transpose(1, 2)[:, weight_DW.shape[1] - 1 :]
