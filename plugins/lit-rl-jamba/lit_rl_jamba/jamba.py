@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from lit_rl_ssm.blocks import RESETS, require_sizes
 from lit_rl_ssm.mamba import MambaMixer
+from lit_rl_ssm.mamba2 import Mamba2Mixer
 from lit_rl_transformers.attention import WindowAttention
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -65,9 +66,10 @@ class Jamba(Trunk):
             spelled in order with the letters m and a (``mmam``, the same); see `lit_rl_jamba.pattern`.
         n_layers: how many, in whole blocks; one block if absent.
         mamba: which Mamba the letter m stands for.
-        d_state: memory of a Mamba channel; 16 if absent.
+        d_state: memory of a Mamba channel (of a head in Mamba-2); 16, in Mamba-2 64, if absent.
         d_conv: taps of Mamba's convolution.
         expand: inner width of Mamba over d_model.
+        headdim: channels of a head of Mamba-2; Mamba has none.
         n_heads: heads of attention.
         memory: past steps that attention sees.
         d_ff: width of a SwiGLU, and of each expert; 2 d_model if absent.
@@ -77,9 +79,9 @@ class Jamba(Trunk):
         moe_layers: the layers with a mixture by number, from 0, instead of `moe_every`.
         balance_coef: weight of the load-balance loss, summed over layers, in `auxiliary_loss`.
         reset: "leaky" ignores `is_init`, a common mistake kept as an option, for comparison.
-        backend: how Mamba layers compute, see `lit_rl_ssm`.
+        backend: how Mamba layers compute, see `lit_rl_ssm.mamba`.
 
-    State: the entries of each kind of layer, stacked over its layers: ``mamba_...``
+    State: the entries of each kind of layer, stacked over its layers: ``mamba_...`` (or ``mamba2_...``)
     ``[B, n_mamba, ...]`` and ``attention_...`` ``[B, n_attention, ...]``.
 
     In training, a pass with gradients through experts sets `auxiliary_loss` and `metrics`: each expert's
@@ -94,10 +96,11 @@ class Jamba(Trunk):
         d_model: int = 128,
         pattern: str | int = "3:1",  # int: what YAML makes of an unquoted ratio, refused with a reason
         n_layers: int | None = None,
-        mamba: Literal["mamba"] = "mamba",
+        mamba: Literal["mamba", "mamba2"] = "mamba",
         d_state: int | None = None,
         d_conv: int = 4,
         expand: int = 2,
+        headdim: int = 32,
         n_heads: int = 4,
         memory: int = 64,
         d_ff: int | None = None,
@@ -107,14 +110,14 @@ class Jamba(Trunk):
         moe_layers: list[int] | None = None,
         balance_coef: float = 0.01,
         reset: Literal["strict", "leaky"] = "strict",
-        backend: str = "auto",
+        backend: Literal["auto", "torch", "cuda"] = "auto",
     ) -> None:
         d_ff = 2 * d_model if d_ff is None else d_ff
         require_sizes(in_features=in_features, d_model=d_model, d_ff=d_ff, moe_every=moe_every)
         for name, number in (("experts", experts), ("balance_coef", balance_coef)):
             if not number >= 0:
                 raise ValueError(f"{name} must be at least 0, not {number}")
-        for name, chosen, known in (("reset", reset, RESETS), ("mamba", mamba, ("mamba",))):
+        for name, chosen, known in (("reset", reset, RESETS), ("mamba", mamba, ("mamba", "mamba2"))):
             if chosen not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
         letters = spell_layers(pattern, n_layers)
@@ -126,6 +129,14 @@ class Jamba(Trunk):
                 d_state=16 if d_state is None else d_state,
                 d_conv=d_conv,
                 expand=expand,
+                backend=backend,
+            ),
+            "mamba2": lambda: Mamba2Mixer(
+                d_model,
+                d_state=64 if d_state is None else d_state,
+                d_conv=d_conv,
+                expand=expand,
+                headdim=headdim,
                 backend=backend,
             ),
         }

@@ -28,6 +28,8 @@ RATIOS = {
     "1:3": {"pattern": "1:3"},
     "0:1": {"pattern": "0:1"},
     "two blocks, spelled": {"pattern": "am", "n_layers": 4},
+    "mamba2": {"pattern": "1:1", "mamba": "mamba2", "headdim": 4},
+    "mamba2, experts": {"pattern": "1:0", "mamba": "mamba2", "headdim": 4, "experts": 4, "moe_every": 1},
     "one expert a token": {"pattern": "1:1", "experts": 3, "top_k": 1, "moe_layers": [0]},
 }
 
@@ -159,10 +161,10 @@ def test_leaky_resets_are_none():
     assert (y_BTD - strict(x_BTF, state, is_init_BT)[0])[0, 4:].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mamba", ["mamba"])
+@pytest.mark.parametrize("mamba", ["mamba", "mamba2"])
 def test_maps_are_causal_and_stop_at_resets(mamba):
     torch.manual_seed(0)
-    trunk = Jamba(5, **TINY, mamba=mamba)
+    trunk = Jamba(5, **TINY, headdim=4, mamba=mamba)
     is_init_BT = torch.zeros(2, 9, dtype=torch.bool)
     is_init_BT[:, 4] = True
     maps = trunk.attention_maps(*run(trunk, 9, is_init_BT=is_init_BT))
@@ -184,7 +186,7 @@ def test_maps_are_causal_and_stop_at_resets(mamba):
         ({"n_layers": 2}, "n_layers=2 is no number of whole blocks"),
         ({"d_model": 0}, "d_model must be at least 1"),
         ({"d_ff": 0}, "d_ff must be at least 1"),
-        ({"mamba": "mamba3"}, "mamba must be one of mamba, not 'mamba3'"),
+        ({"mamba": "mamba3"}, "mamba must be one of mamba, mamba2, not 'mamba3'"),
         ({"reset": "never"}, "reset must be one of strict, leaky, not 'never'"),
         ({"experts": -1}, "experts must be at least 0"),
         ({"experts": 1}, "top_k must be from 1 to the number of experts, 1, not 2"),
