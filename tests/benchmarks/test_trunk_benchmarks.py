@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_rl.benchmarks import gpu_check, measure, trunk_speed
 from lit_rl.benchmarks.measure import Contender
+from lit_rl.errors import UserError
 from lit_rl.trunks import GRU, LSTM, MLP
 
 torch.set_num_threads(1)
@@ -25,6 +26,14 @@ def test_names_and_class_paths_lead_to_trunks() -> None:
     for name in ("gru", "lit-rl/gru", "lit_rl.trunks.GRU", "lit_rl.trunks:GRU"):
         assert Contender.named(name).trunk is GRU
     assert {"mlp", "lstm", "gru"} <= {one.name for one in measure.contenders([])}
+
+
+def test_where_nothing_is_registered_classes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where packages merely stand on PYTHONPATH."""
+    monkeypatch.setattr(measure.registry, "entries", list)
+    with pytest.raises(UserError, match="no trunk is registered here: name classes"):
+        measure.contenders([])
+    assert [one.trunk for one in measure.contenders(["lit_rl.trunks:GRU"])] == [GRU]
 
 
 def test_usual_options_are_for_trunks_that_know_them_and_yield_to_given_ones() -> None:
