@@ -35,12 +35,12 @@ def generalized_advantage(
     """
     delta = reward + gamma * next_value * ~terminated - value
     carry_on = gamma * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
-    advantage = torch.empty_like(delta)
     running = torch.zeros_like(delta[:, 0])
-    deltas, weights = delta.unbind(1), carry_on.unbind(1)
-    for t in reversed(range(len(deltas))):
-        running = torch.addcmul(deltas[t], weights[t], running)
-        advantage[:, t] = running
+    backwards = []
+    for delta_t, weight_t in zip(reversed(delta.unbind(1)), reversed(carry_on.unbind(1)), strict=True):
+        running = torch.addcmul(delta_t, weight_t, running)
+        backwards.append(running)
+    advantage = torch.stack(backwards[::-1], dim=1)
     return advantage, advantage + value
 
 
