@@ -202,7 +202,14 @@ class Jamba(Trunk):
         """Each layer's part of the state."""
         memories: list[Memory] = [{} for _ in self.layers]
         for key, (leaf, layers) in self._entries.items():
-            for layer, part in zip(layers, state[key].unbind(dim=1), strict=True):
+            entry = state.get(key, None)
+            if entry is None or entry.shape[1] != len(layers):
+                found = "no such entry" if entry is None else f"one of shape {list(entry.shape)}"
+                raise ValueError(
+                    f"this trunk keeps {key!r} of {len(layers)} layers, the state given has {found}: pass "
+                    "what initial_state or a former pass of this trunk returned"
+                )
+            for layer, part in zip(layers, entry.unbind(dim=1), strict=True):
                 memories[layer][leaf] = part
         return memories
 

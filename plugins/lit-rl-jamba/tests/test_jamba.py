@@ -148,6 +148,14 @@ def test_no_auxiliary_loss_without_experts_or_outside_training():
     assert trunk.metrics
 
 
+@pytest.mark.parametrize(("pattern", "found"), [("7:1", "shape"), ("0:1", "no such entry")])
+def test_the_state_of_another_trunk_is_refused(pattern, found):
+    trunk, other = Jamba(5, **TINY), Jamba(5, **TINY, pattern=pattern)
+    x_BTF, _, is_init_BT = run(trunk, 3)
+    with pytest.raises(ValueError, match=f"this trunk keeps .* layers, the state given has .*{found}"):
+        trunk(x_BTF, other.initial_state(2), is_init_BT)
+
+
 def test_leaky_resets_are_none():
     torch.manual_seed(0)
     strict = Jamba(5, **TINY)
