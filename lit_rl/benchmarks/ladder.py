@@ -98,7 +98,7 @@ class Watch(L.Callback):
         self.seconds += time.perf_counter() - self._started
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.success = float(trainer.callback_metrics["val/success"])
+        self.success = round(float(trainer.callback_metrics["val/success"]), 4)  # of float32
         if self.success == 1.0:
             trainer.should_stop = True
 

@@ -167,12 +167,18 @@ class Faulty(MLP):
         return super().forward(x + x.mean(0), state, is_init)
 
 
+class Refuses(MLP):
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        raise RuntimeError("not on this device")
+
+
 def test_table_of_checks_and_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """On the CPU in place of a GPU."""
-    trunks = [Contender(one.__name__.lower(), one) for one in (LSTM, Choice, Faulty)]
+    trunks = [Contender(one.__name__.lower(), one) for one in (LSTM, Choice, Faulty, Refuses)]
     monkeypatch.setattr(gpu_check, "ROWS", (2,))
-    lstm, choice, faulty = gpu_check.check(trunks, "cpu", rounds=1)
+    lstm, choice, faulty, refuses = gpu_check.check(trunks, "cpu", rounds=1)
     assert [row["trunk"] for row in (lstm, choice, faulty)] == ["lstm", "choice backend=plain", "faulty"]
+    assert list(refuses.values()) == ["refuses", "0 passed, 1 failed", "-", "-", "-", "-"]
     assert list(lstm) == ["trunk", "checks", "B=2 ms", "B=2 / lstm", "B=2 MiB", "B=2 MiB / lstm"]
     assert lstm["B=2 / lstm"] == lstm["B=2 MiB / lstm"] == 1
     assert lstm["checks"] == choice["checks"] == "18 passed, 0 failed"
