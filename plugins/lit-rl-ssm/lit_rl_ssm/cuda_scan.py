@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_rl_ssm.kernels import Function, runs_on
+from lit_rl_ssm.torch_scan import torch_scan
 
 # e^-104 is below half of the smallest float32 above zero.
 LOG_OF_NOTHING = 104.0
@@ -46,6 +47,8 @@ def cuda_scan(
             f"the CUDA kernel does not take {u_BTE.dtype} on {u_BTE.device}: move the trunk and its inputs "
             "to a CUDA device in float32, or choose backend 'auto'"
         )
+    if u_BTE.shape[1] == 1:  # acting: 2N + 1 steps would be waste
+        return torch_scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
     return scan_with(kernel, u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
 
 

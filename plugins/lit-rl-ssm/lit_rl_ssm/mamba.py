@@ -25,9 +25,13 @@ from torch.nn.functional import linear, silu, softplus
 
 from lit_rl_ssm.blocks import ResidualTrunk, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
-from lit_rl_ssm.selective_scan import hidden_attention, scan_by, scan_step, selective_scan
+from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
+
+# On the CPU a long sequence runs in pieces whose tensors ``[B, T, E]`` have at most about this many numbers:
+# larger ones are mapped into memory anew for every operation, which costs as much as the operation.
+PIECE = 2**20
 
 
 class MambaMixer(nn.Module):
@@ -83,17 +87,25 @@ class MambaMixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        B, T, _ = x_BTD.shape
+        steps = max(1, PIECE // (B * self.D.shape[0])) if x_BTD.is_cpu else T
+        if steps >= T:
+            return self._piece(x_BTD, state, is_init_BT)
+        outputs = []
+        for x_BtD, is_init_Bt in zip(x_BTD.split(steps, dim=1), is_init_BT.split(steps, dim=1), strict=True):
+            y_BtD, state = self._piece(x_BtD, state, is_init_Bt)
+            outputs.append(y_BtD)
+        return torch.cat(outputs, dim=1), state
+
+    def _piece(
+        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x_BTE, z_BTE, conv_BEP = self._convolve(x_BTD, state, is_init_BT)
         dt_BTE, B_BTN, C_BTN = self._select(x_BTE)
-        A_EN, h_BEN = -torch.exp(self.A_log), state["ssm"]
-        if x_BTE.shape[1] == 1:
-            now = (x_BTE[:, 0], dt_BTE[:, 0], A_EN, B_BTN[:, 0], C_BTN[:, 0])
-            y_BE, h_BEN = scan_step(*now, h_BEN, is_init_BT[:, 0])
-            y_BTE = y_BE[:, None]
-        else:
-            y_BTE, h_BEN = selective_scan(
-                x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT, scan=self.scan
-            )
+        A_EN = -torch.exp(self.A_log)
+        y_BTE, h_BEN = selective_scan(
+            x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state["ssm"], is_init_BT, scan=self.scan
+        )
         y_BTE = torch.addcmul(y_BTE, self.D, x_BTE) * silu(z_BTE)
         return self.out_proj(y_BTE), {"conv": conv_BEP, "ssm": h_BEN}
 

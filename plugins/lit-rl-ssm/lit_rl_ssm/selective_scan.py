@@ -6,9 +6,8 @@ for each channel e and state n (Gu & Dao 2023, arXiv:2312.00752): A[e, n] is dis
 hold), B by Euler's rule, as in the paper's code. A reset at t makes exp(dt_t A) zero there, so that h_t
 starts from nothing. The skip D u needs no memory; it is left to the caller.
 
-Four ways lead to the same numbers: `scan_step` where T = 1; `compiled_scan` (numba) on the CPU; `cuda_scan`
-on mamba_ssm's CUDA kernel; `torch_scan`, which runs anywhere. The scans are one node of the autograd graph
-each, whatever T.
+Three ways lead to the same numbers: `compiled_scan` (numba) on the CPU; `cuda_scan` on mamba_ssm's CUDA
+kernel; `torch_scan`, which runs anywhere. None unrolls T steps into the autograd graph.
 
 Shapes: B rows, T time steps, E channels (mamba's d_inner), N = d_state.
 """
@@ -54,10 +53,10 @@ def selective_scan(
         is_init_BT: bool, true where row b's state is cleared before step t.
         scan: what computes it, see `scan_by`. It is given float32 where these are shorter floats.
     """
-    wide = torch.promote_types(u_BTE.dtype, torch.float32)
-    tensors = (tensor.to(wide) for tensor in (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN))
-    with torch.autocast(u_BTE.device.type, enabled=False):
-        y_BTE, last_BEN = scan(*tensors, is_init_BT)
+    tensors = (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN)
+    if u_BTE.dtype.itemsize >= torch.float32.itemsize:
+        return scan(*tensors, is_init_BT)
+    y_BTE, last_BEN = scan(*(tensor.float() for tensor in tensors), is_init_BT)
     return y_BTE.to(u_BTE.dtype), last_BEN.to(h_BEN.dtype)
 
 
@@ -95,16 +94,6 @@ def scan_by(backend: str) -> Scan:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     return BACKENDS[backend]()
-
-
-def scan_step(
-    u_BE: Tensor, dt_BE: Tensor, A_EN: Tensor, B_BN: Tensor, C_BN: Tensor, h_BEN: Tensor, is_init_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One step, for acting: ``y [B, E]`` and ``h [B, E, N]``."""
-    kept_BEN = h_BEN.masked_fill(is_init_B[:, None, None], 0)
-    decay_BEN = torch.exp(dt_BE[:, :, None] * A_EN)
-    h_BEN = torch.addcmul(decay_BEN * kept_BEN, (dt_BE * u_BE)[:, :, None], B_BN[:, None])
-    return (h_BEN * C_BN[:, None]).sum(dim=-1), h_BEN  # not `@`, which autocast would round
 
 
 @torch.no_grad()

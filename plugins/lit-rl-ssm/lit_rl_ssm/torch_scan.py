@@ -37,7 +37,25 @@ def torch_scan(
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `selective_scan.selective_scan`."""
-    return _TorchScan.apply(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+    scan = _step if u_BTE.shape[1] == 1 else _TorchScan.apply
+    with torch.autocast(u_BTE.device.type, enabled=False):  # it would round the products
+        return scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+
+
+def _step(
+    u_B1E: Tensor,
+    dt_B1E: Tensor,
+    A_EN: Tensor,
+    B_B1N: Tensor,
+    C_B1N: Tensor,
+    h_BEN: Tensor,
+    is_init_B1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """T = 1, as in acting."""
+    kept_BEN = h_BEN.masked_fill(is_init_B1[:, :, None], 0)
+    decay_BEN = torch.exp(dt_B1E.transpose(1, 2) * A_EN)
+    h_BEN = torch.addcmul(decay_BEN * kept_BEN, (dt_B1E * u_B1E).transpose(1, 2), B_B1N)
+    return (h_BEN @ C_B1N.transpose(1, 2)).transpose(1, 2), h_BEN
 
 
 class _TorchScan(torch.autograd.Function):

@@ -108,8 +108,9 @@ def disturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("steps", [1, 19])
-def test_mixer_equals_the_literal_block(steps, backend):
+@pytest.mark.parametrize(("steps", "piece"), [(1, 19), (19, 19), (19, 18), (19, 5), (19, 1)])
+def test_mixer_equals_the_literal_block(monkeypatch, steps, piece, backend):
+    monkeypatch.setattr("lit_rl_ssm.mamba.PIECE", 3 * 20 * piece)
     torch.manual_seed(steps)
     mixer = disturbed(MambaMixer(10, d_state=5, dt_rank=2, backend=backend))
     x = torch.randn(3, steps, 10).double().requires_grad_()

@@ -5,7 +5,7 @@ import torch
 from lit_rl_ssm import compiled_scan as compiled
 from lit_rl_ssm.compiled_scan import compiled_scan
 from lit_rl_ssm.cuda_scan import scan_with
-from lit_rl_ssm.selective_scan import automatic_scan, hidden_attention, scan_by, scan_step, selective_scan
+from lit_rl_ssm.selective_scan import automatic_scan, hidden_attention, scan_by, selective_scan
 from lit_rl_ssm.torch_scan import torch_scan
 from torch import Tensor
 
@@ -38,23 +38,34 @@ def on_stand_in(*inputs):
     return scan_with(kernel_stand_in, *inputs)
 
 
-def by_steps(u, dt, A, B, C, h, is_init):
-    outputs = []
-    for t in range(u.shape[1]):
-        y, h = scan_step(u[:, t], dt[:, t], A, B[:, t], C[:, t], h, is_init[:, t])
-        outputs.append(y)
-    return torch.stack(outputs, dim=1), h
+def by_steps(scan):
+    def run(u, dt, A, B, C, h, is_init):
+        outputs = []
+        for t in range(u.shape[1]):
+            now = slice(t, t + 1)
+            y, h = scan(u[:, now], dt[:, now], A, B[:, now], C[:, now], h, is_init[:, now])
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), h
+
+    return run
 
 
 def in_chunks(u, dt, A, B, C, h, is_init):
     outputs = []
     for now in torch.arange(u.shape[1]).split([1, 7, 17, 8] if u.shape[1] == 33 else 7):
-        y, h = automatic_scan(None, u[:, now], dt[:, now], A, B[:, now], C[:, now], h, is_init[:, now])
+        y, h = compiled_scan(u[:, now], dt[:, now], A, B[:, now], C[:, now], h, is_init[:, now])
         outputs.append(y)
     return torch.cat(outputs, dim=1), h
 
 
-SCANS = [compiled_scan, torch_scan, on_stand_in, by_steps, in_chunks]
+SCANS = {
+    "compiled": compiled_scan,
+    "compiled by steps": by_steps(compiled_scan),
+    "compiled in chunks": in_chunks,
+    "torch": torch_scan,
+    "torch by steps": by_steps(torch_scan),
+    "stock kernel": on_stand_in,
+}
 
 
 def inputs(steps: int, resets: float, dtype: torch.dtype, rows=3, channels=6, d_state=5) -> list[Tensor]:
@@ -86,7 +97,7 @@ def values_and_gradients(scan, given: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("steps", "resets"), [(1, 0.5), (16, 0), (33, 0.1), (40, 1)])
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
 def test_scan_equals_the_literal_recurrence(scan, steps, resets, dtype):
     assert_equals_the_literal_recurrence(scan, inputs(steps, resets, dtype))
 
