@@ -63,7 +63,8 @@ def norm_bound(A_LNN: Tensor) -> Tensor:
     ``||A||^32 = ||(A^T A)^16|| <= ||(A^T A)^16||_F``, by four squarings of ``A^T A``. Before every second one
     its size is taken out, so that no power leaves the range of the float type.
     """
-    power_LNN, bound_L11, exponent = A_LNN.mT @ A_LNN, 1.0, 1 / 2
+    power_LNN, exponent = A_LNN.mT @ A_LNN, 1 / 2
+    bound_L11 = A_LNN.new_ones(())
     for _ in range(2):
         size_L11 = _frobenius(power_LNN)
         bound_L11 = bound_L11 * size_L11**exponent

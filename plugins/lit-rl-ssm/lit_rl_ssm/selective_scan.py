@@ -56,7 +56,8 @@ def selective_scan(
     tensors = (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN)
     if u_BTE.dtype.itemsize >= torch.float32.itemsize:
         return scan(*tensors, is_init_BT)
-    y_BTE, last_BEN = scan(*(tensor.float() for tensor in tensors), is_init_BT)
+    u32, dt32, A32, B32, C32, h32 = (tensor.float() for tensor in tensors)
+    y_BTE, last_BEN = scan(u32, dt32, A32, B32, C32, h32, is_init_BT)
     return y_BTE.to(u_BTE.dtype), last_BEN.to(h_BEN.dtype)
 
 
