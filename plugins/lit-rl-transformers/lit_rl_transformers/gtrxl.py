@@ -1,15 +1,16 @@
 """The trunk `gtrxl`: Gated Transformer-XL (Parisotto et al. 2020, arXiv:1910.06764, section 3).
 
 Two changes to Transformer-XL make it train under reinforcement learning. The norm moves to the input of each
-submodule (identity map reordering), with a ReLU on its output, since two linear maps would else follow one
-another; and a gate like a GRU's takes the place of the residual sum:
+submodule (identity map reordering), with a nonlinearity on its output, since two linear maps would follow one
+another without it; and a gate like a GRU's takes the place of the residual sum:
 
-    x <- g(x, relu(Attention(LayerNorm(x)))),    x <- g(x, relu(MLP(LayerNorm(x))))
+    x <- g(x, gelu(Attention(LayerNorm(x)))),    x <- g(x, gelu(MLP(LayerNorm(x))))
     r = sigmoid(W_r y + U_r x),    z = sigmoid(W_z y + U_z x - b_g),    h = tanh(W_g y + U_g (r * x))
     g(x, y) = (1 - z) * x + z * h
 
 A positive b_g keeps z small at the start: the trunk begins near the identity, so near a memoryless policy,
-and learns to remember from there. Cache and gradients are those of `lit_rl_transformers.transformer_xl`.
+and learns to remember from there. Where the paper has ReLU this has GELU, for the reason given in
+`lit_rl_transformers.transformer`. Cache and gradients are those of `lit_rl_transformers.transformer_xl`.
 
 Shapes: B rows, T time steps, D = d_model, ``...`` any dimensions.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from lit_rl_transformers.positional_attention import RelativeAttention
 from lit_rl_transformers.transformer import AttentionTrunk, Layer
@@ -50,10 +52,10 @@ class GatedLayer(Layer):
         self.mlp_gate = GRUGate(attention.d_model, gate_bias)
 
     def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
-        return self.attention_gate(x_BTD, torch.relu(update_BTD))
+        return self.attention_gate(x_BTD, gelu(update_BTD))
 
     def join_mlp(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
-        return self.mlp_gate(x_BTD, torch.relu(update_BTD))
+        return self.mlp_gate(x_BTD, gelu(update_BTD))
 
 
 class GTrXL(AttentionTrunk):

@@ -1,10 +1,13 @@
 """The trunk `transformer`: a causal Transformer over a sliding window, and what all trunks here share.
 
-    x <- x + Attention(LayerNorm(x)),    x <- x + W_2 relu(W_1 LayerNorm(x))        a layer
+    x <- x + Attention(LayerNorm(x)),    x <- x + W_2 gelu(W_1 LayerNorm(x))        a layer
 
 (Vaswani et al. 2017, arXiv:1706.03762, with the norms first: Xiong et al. 2020, arXiv:2002.04745.) Rotary
 positions, not sinusoids added to the features: attention then depends on distances, all of which a few steps
 show, whereas the time since the start of an episode goes on to numbers that training never saw.
+
+GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415) because it is smooth: at the kink of a ReLU, rounding decides
+between two gradients, and one pass would now and then disagree with T passes of one.
 
 No dropout anywhere: acting and learning must be the same function, or the PPO ratio does not begin at 1.
 
@@ -37,7 +40,7 @@ class Layer(nn.Module):
             raise ValueError(f"d_ff must be at least 1, not {d_ff}")
         self.attention = attention
         self.attention_norm = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
         self.mlp_norm = nn.LayerNorm(d_model)
 
     def forward(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:

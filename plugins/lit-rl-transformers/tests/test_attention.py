@@ -30,7 +30,7 @@ class Alone(Trunk):
 
 class TestWindowAttention(TrunkConformance):
     trunk = Alone
-    options = ({}, {"memory": 40})
+    options = ({},)
 
     def test_conformance(self, subject, check):
         if check is check_compile:

@@ -9,7 +9,7 @@ import torch
 from lit_rl_transformers.gtrxl import GTrXL
 from lit_rl_transformers.transformer import Transformer
 from lit_rl_transformers.transformer_xl import TransformerXL
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 torch.set_num_threads(1)
 
@@ -124,10 +124,10 @@ def dense(trunk, x, state, is_init):
             normed = layer_norm(x_TD, norm.normalized_shape, norm.weight, norm.bias)
             update = attention(layer.attention, normed, state[f"kv_{number}"][b], age, is_init_T)
             is_gated = isinstance(trunk, GTrXL)
-            x_TD = gated(layer.attention_gate, x_TD, update.relu()) if is_gated else x_TD + update
+            x_TD = gated(layer.attention_gate, x_TD, gelu(update)) if is_gated else x_TD + update
             normed = layer_norm(x_TD, mlp_norm.normalized_shape, mlp_norm.weight, mlp_norm.bias)
-            update = linear(linear(normed, up.weight, up.bias).relu(), down.weight, down.bias)
-            x_TD = gated(layer.mlp_gate, x_TD, update.relu()) if is_gated else x_TD + update
+            update = linear(gelu(linear(normed, up.weight, up.bias)), down.weight, down.bias)
+            x_TD = gated(layer.mlp_gate, x_TD, gelu(update)) if is_gated else x_TD + update
         rows.append(x_TD)
     y = torch.stack(rows)
     if isinstance(trunk, GTrXL):
