@@ -105,9 +105,9 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of the recurrence: ``y [B, H, P]`` and h after it."""
     decay_BH = (dt_BH * A_H).exp().masked_fill(is_init_B[:, None], 0)
-    kept_BHPN = state_BHPN * decay_BH[:, :, None, None]
     write_BHP = x_BHP * dt_BH[:, :, None]
-    state_BHPN = torch.addcmul(kept_BHPN, write_BHP[..., None], B_BN[:, None, None])
+    state_BHPN = state_BHPN * decay_BH[:, :, None, None]  # a new tensor, which may be added to in place
+    state_BHPN.addcmul_(write_BHP[..., None], B_BN[:, None, None])
     read_BHP = torch.bmm(state_BHPN.flatten(1, 2), C_BN[:, :, None]).view_as(x_BHP)
     return torch.addcmul(read_BHP, x_BHP, D_H[:, None]), state_BHPN
 
