@@ -22,9 +22,16 @@ from torch import Tensor, nn
 
 from lit_rl.trunks import Trunk
 
+# On the CPU a long sequence runs in pieces whose tensors ``[B, T, channels]`` have at most about this many
+# numbers: larger ones are mapped into memory anew for every operation, which costs as much as the operation.
+PIECE = 2**20
+
 # What the layers are told of `is_init`. "leaky" is a common mistake kept as an option, for comparison:
 # episodes run into one another, as in code that trains and acts on a memory that no one clears.
 RESETS: dict[str, Callable[[Tensor], Tensor]] = {"strict": lambda is_init: is_init, "leaky": torch.zeros_like}
+
+
+Layer = Callable[[Tensor, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def require_sizes(**sizes: int) -> None:
@@ -56,6 +63,21 @@ class Mixer(Protocol):
         Ali et al. 2024 (arXiv:2403.01590). The skip past the memory and what the given state adds are left
         out; the state still reaches the map through the convolution.
         """
+
+
+def in_pieces(
+    layer: Layer, channels: int, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``layer(x, state, is_init)``, on the CPU by pieces of at most `PIECE` numbers; `channels` a step."""
+    rows, steps, _ = x_BTD.shape
+    at_once = max(1, PIECE // (rows * channels))
+    if steps <= at_once or not x_BTD.is_cpu:
+        return layer(x_BTD, state, is_init_BT)
+    outputs = []
+    for x_BtD, is_init_Bt in zip(x_BTD.split(at_once, 1), is_init_BT.split(at_once, 1), strict=True):
+        y_BtD, state = layer(x_BtD, state, is_init_Bt)
+        outputs.append(y_BtD)
+    return torch.cat(outputs, dim=1), state
 
 
 class Block(nn.Module):

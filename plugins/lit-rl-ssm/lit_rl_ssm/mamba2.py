@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from lit_rl_ssm import kernels
-from lit_rl_ssm.blocks import ResidualTrunk, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.ssd import LARGEST_CHUNK, attention, ssd, ssd_step
 
@@ -102,6 +102,11 @@ class Mamba2Mixer(nn.Module):
         return {"conv": zero(batch_size, convolved, taps - 1), "ssm": zero(batch_size, *self.sizes)}
 
     def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
+
+    def _piece(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         projected = self.in_proj(x_BTD)

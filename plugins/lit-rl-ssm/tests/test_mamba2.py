@@ -124,6 +124,22 @@ def test_mixer_equals_the_recurrence(steps, options, reset_rate):
             assert_near(found_of[name], reference, 1e-10, name)
 
 
+@pytest.mark.parametrize("numbers", [1, 3 * 16 * 7, 3 * 16 * 37])
+def test_pieces_of_a_long_sequence_join(monkeypatch, numbers):
+    """Of one step, of 7 and of all 37; 3 rows of 16 channels."""
+    mixer, *inputs = mixer_and_inputs(37, 0.2)
+    expected = values_and_gradients(lambda *i: recurrence(mixer, *i), mixer, *inputs)
+    monkeypatch.setattr("lit_rl_ssm.blocks.PIECE", numbers)
+    lengths = []
+    piece = mixer._piece
+    monkeypatch.setattr(mixer, "_piece", lambda x, *others: lengths.append(x.shape[1]) or piece(x, *others))
+    found = values_and_gradients(mixer, mixer, *inputs)
+    assert max(lengths) == max(1, numbers // 48)
+    for found_of, expected_of in zip(found, expected, strict=True):
+        for name, reference in expected_of.items():
+            assert_near(found_of[name], reference, 1e-10, name)
+
+
 def test_fast_and_slow_decays_stay_finite_and_exact():
     """Steps of any size: within one chunk the decays range from 1 - 1e-9 to e^-20000 and below."""
     mixer, x_BTD, state, is_init_BT = mixer_and_inputs(48, 0.1)
