@@ -40,7 +40,7 @@ def rotation(position_BT: Tensor, signed: list[float], dtype: torch.dtype) -> tu
 
 
 def rotate(x_BTHC: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (c, c + C/2) of a head in its plane (Su et al. 2021, arXiv:2104.09864, section 3.2.2).
+    """Turns each pair (c, c + C/2) of a head in its plane (Su et al. 2021, arXiv:2104.09864).
 
     The product of a query and a key so turned depends on the difference of their positions alone.
     """

@@ -49,7 +49,7 @@ class Window:
     bias_BNSd: Tensor
     """0 where the step at that distance is visible, else `HIDDEN`."""
     read: Tensor
-    """Slots of the blocks' keys, ``[B*N*W]``: rows of what `Window.slots` makes, flattened."""
+    """Slots of the blocks' keys, ``[B*N*W]``: rows of what `slide` joins, flattened."""
     keep: Tensor | None
     """Slots of the cache to return, ``[B*M]``; None after one step, where they are the last M read."""
     rotation: tuple[Tensor, Tensor] | None = None
@@ -70,7 +70,7 @@ class Window:
             hidden_BNSd, HIDDEN
         )
 
-        # A row of `slots`: zeros, then M of the cache, then the T new steps. Slot 0 stands for all zeros.
+        # As `slide` joins them: a slot of zeros, M of the cache, T new. Slot 0 stands for everything that is zero.
         slot_BP = torch.arange(B * (1 + memory + T), device=device).view(B, -1)[:, 1:]
         back_P = torch.arange(memory, -T, -1, device=device)  # steps from each slot to the first new step
         from_entry_BP = slot_BP.masked_fill(back_P > age_BT[:, :1], 0)
