@@ -70,7 +70,7 @@ class Window:
             hidden_BNSd, HIDDEN
         )
 
-        # As `slide` joins them: a slot of zeros, M of the cache, T new. Slot 0 stands for everything that is zero.
+        # As `slide` joins them: a slot of zeros, M of the cache, T new. Slot 0 stands for all zeros.
         slot_BP = torch.arange(B * (1 + memory + T), device=device).view(B, -1)[:, 1:]
         back_P = torch.arange(memory, -T, -1, device=device)  # steps from each slot to the first new step
         from_entry_BP = slot_BP.masked_fill(back_P > age_BT[:, :1], 0)
