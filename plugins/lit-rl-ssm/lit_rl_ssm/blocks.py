@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.trunks import Trunk
+from lit_rl_ssm.norm import RMSNorm
 
 # On the CPU a long sequence runs in pieces whose tensors ``[B, T, channels]`` have at most about this many
 # numbers: larger ones are mapped into memory anew for every operation, which costs as much as the operation.
@@ -85,7 +86,7 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(mixer.d_model, eps=1e-5)
+        self.norm = RMSNorm(mixer.d_model)
         self.mixer = mixer
 
     def forward(
@@ -119,7 +120,7 @@ class ResidualTrunk(Trunk):
         self.reset = reset
         self.embedding = nn.Linear(in_features, d_model)
         self.layers = nn.ModuleList(Block(mixer) for mixer in mixers)
-        self.norm_f = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm_f = RMSNorm(d_model)
         of_one_row = mixers[0].initial_state(1)
         self._state_shapes = {key: (n_layers, *leaf.shape[1:]) for key, leaf in of_one_row.items()}
 

@@ -27,6 +27,7 @@ from torch.nn.functional import silu, softplus
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
+from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.ssd import LARGEST_CHUNK, attention, ssd, ssd_step
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
@@ -93,7 +94,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))  # softplus of it is dt
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = nn.RMSNorm(channels, eps=1e-5)
+        self.norm = RMSNorm(channels)
         self.out_proj = nn.Linear(channels, d_model, bias=False)
 
     def initial_state(self, batch_size: int) -> dict[str, Tensor]:

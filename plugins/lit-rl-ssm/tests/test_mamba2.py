@@ -23,14 +23,14 @@ SMALL = {"d_model": 8, "headdim": 4, "d_state": 3}
 
 class TestMamba2(TrunkConformance):
     trunk = Mamba2
-    options = (SMALL | {"n_layers": 2, "chunk_size": 5},)
+    options = (SMALL | {"chunk_size": 5},)
 
 
 class TestMamba2Options(TrunkConformance):
     trunk = Mamba2
     options = (
         {},
-        SMALL | {"headdim": 8, "chunk_size": 16},
+        SMALL | {"n_layers": 2},
         SMALL | {"expand": 3, "d_conv": 2, "chunk_size": 1},
     )
 
