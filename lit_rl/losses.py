@@ -1,10 +1,19 @@
-"""Policy-gradient losses: pure functions of tensors, means over every entry they are given."""
+"""Policy-gradient losses: pure functions of tensors, means over every entry they are given.
+
+`ppo_loss` is what PPO descends. Its gradient is written out, because autograd would keep and visit fourteen
+small tensors where one step of the chain rule is enough; `clipped_surrogate` and `value_loss` are its terms.
+
+Shapes: ``...`` is the same for all entries of a loss, n of them in all.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -32,3 +41,100 @@ def approx_kl(log_ratio: Tensor) -> Tensor:
 def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
     """Share of entries whose ratio lies outside ``[1 - clip, 1 + clip]``, a scalar."""
     return ((ratio - 1).abs() > clip).float().mean()
+
+
+class PPOLoss(NamedTuple):
+    """The loss and, without gradients, what it is made of."""
+
+    loss: Tensor
+    """What is descended, a scalar."""
+    policy_loss: Tensor
+    """`clipped_surrogate`, a scalar."""
+    value_loss: Tensor
+    """`value_loss`, a scalar."""
+    entropy: Tensor
+    """The mean, a scalar."""
+    log_ratio: Tensor
+    """``[...]``"""
+
+
+def ppo_loss(
+    log_prob: Tensor,
+    value: Tensor,
+    entropy: Tensor,
+    *,
+    old_log_prob: Tensor,
+    old_value: Tensor,
+    advantage: Tensor,
+    target: Tensor,
+    clip: float,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+) -> PPOLoss:
+    """``policy_loss + value_coef * value_loss - entropy_coef * entropy``: eq. 9 of Schulman et al. as a loss.
+
+    Args:
+        log_prob: ``[...]`` of the actions taken, under the agent as it is; with gradient.
+        value: ``[...]`` of the critic as it is; with gradient.
+        entropy: ``[...]`` of the policy as it is; with gradient.
+        old_log_prob: ``[...]`` under the agent that collected.
+        old_value: ``[...]`` of the critic that collected.
+        advantage: ``[...]``
+        target: ``[...]`` that the value shall reach.
+        clip: epsilon of the clipped surrogate.
+        value_clip: how far a value may move; None for no limit.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+    """
+    coefficients = (clip, value_clip, value_coef, entropy_coef)
+    return PPOLoss(
+        *_PPOLoss.apply(log_prob, value, entropy, old_log_prob, old_value, advantage, target, *coefficients)
+    )
+
+
+class _PPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_prob: Tensor,
+        value: Tensor,
+        entropy: Tensor,
+        old_log_prob: Tensor,
+        old_value: Tensor,
+        advantage: Tensor,
+        target: Tensor,
+        clip: float,
+        value_clip: float | None,
+        value_coef: float,
+        entropy_coef: float,
+    ) -> tuple[Tensor, ...]:
+        log_ratio = log_prob - old_log_prob
+        ratio = log_ratio.exp()
+        policy_loss = clipped_surrogate(ratio, advantage, clip)
+        critic_loss = value_loss(value, target, old_value, value_clip)
+        mean_entropy = entropy.mean()
+        loss = policy_loss + value_coef * critic_loss - entropy_coef * mean_entropy
+        ctx.save_for_backward(ratio, advantage, value, old_value, target)
+        ctx.coefficients = (clip, value_clip, value_coef, entropy_coef)
+        ctx.mark_non_differentiable(policy_loss, critic_loss, mean_entropy, log_ratio)
+        return loss, policy_loss, critic_loss, mean_entropy, log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, advantage, value, old_value, target = ctx.saved_tensors
+        clip, value_clip, value_coef, entropy_coef = ctx.coefficients
+        share = grad / ratio.numel()
+        # d ratio / d log_prob = ratio; where the clipped product is the smaller one, nothing is to be gained.
+        product = ratio * advantage
+        is_clipped = ratio.clamp(1 - clip, 1 + clip) * advantage < product
+        dlog_prob = (product * -share).masked_fill_(is_clipped, 0)
+        error = value - target
+        dvalue = error * (value_coef * share)
+        if value_clip is not None:
+            moved = value - old_value
+            clipped_error = old_value + moved.clamp(-value_clip, value_clip) - target
+            dvalue.masked_fill_((moved.abs() > value_clip) & (clipped_error.abs() > error.abs()), 0)
+        dentropy = (-entropy_coef * share).expand_as(ratio)
+        return dlog_prob, dvalue, dentropy, *[None] * 8

@@ -1,8 +1,10 @@
 """What several tests build: scripted environments, small agents, quiet Trainers."""
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -58,8 +60,12 @@ def walk(action: str = "discrete", num_envs: int = 4) -> EnvConfig:
 
 
 def small(name: str) -> TrunkFactory:
-    """A trunk of width 8 by its registered name."""
-    return lambda in_features: registry.load(name)(in_features, d_model=8)
+    """A trunk of width 8 by its registered name, with heads of width 4 where it has a word for them."""
+    trunk = registry.load(name)
+    sizes = {"d_model": 8, "headdim": 4, "n_heads": 2}
+    return partial(
+        trunk, **{word: sizes[word] for word in sizes.keys() & inspect.signature(trunk).parameters}
+    )
 
 
 def installed_trunks() -> list[str]:

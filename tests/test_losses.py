@@ -15,7 +15,7 @@ from torchrl.objectives import ClipPPOLoss
 from lit_rl import keys
 from lit_rl.algorithms.ppo import normalized
 from lit_rl.envs import EnvConfig
-from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
+from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, ppo_loss, value_loss
 from lit_rl.models.agent import ActorCritic
 from lit_rl.models.heads import Gaussian
 from lit_rl.trunks import Trunk
@@ -55,6 +55,37 @@ def test_value_clipping_counts_the_worse_error() -> None:
     loss.backward()
     # The first and last have moved past the clip while their clipped error is the worse one: no gradient.
     assert value.grad.tolist() == pytest.approx([0.0, -1 / 4, 2 / 4, 0.0])
+
+
+@pytest.mark.parametrize("value_clip", [None, 0.3])
+def test_gradient_of_the_whole_loss_is_that_of_its_terms(value_clip: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, value, entropy, moved, drift, advantage, target = (
+        torch.randn(4, 50, generator=generator, dtype=torch.float64) for _ in range(7)
+    )
+    learnt = [part.requires_grad_() for part in (log_prob, value, entropy)]
+    old_log_prob, old_value = (log_prob + 0.3 * moved).detach(), (value + 0.5 * drift).detach()
+
+    found = ppo_loss(
+        *learnt,
+        old_log_prob=old_log_prob,
+        old_value=old_value,
+        advantage=advantage,
+        target=target,
+        clip=0.2,
+        value_clip=value_clip,
+        value_coef=0.7,
+        entropy_coef=0.03,
+    )
+    policy_loss = clipped_surrogate((log_prob - old_log_prob).exp(), advantage, 0.2)
+    critic_loss = value_loss(value, target, old_value, value_clip)
+    loss = policy_loss + 0.7 * critic_loss - 0.03 * entropy.mean()
+
+    terms = (loss, policy_loss, critic_loss, entropy.mean(), log_prob - old_log_prob)
+    torch.testing.assert_close(tuple(found), terms)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * found.loss, learnt), torch.autograd.grad(3 * loss, learnt)
+    )
 
 
 def test_approx_kl_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Between backward and the optimizer: gradients averaged over processes, measured and clipped."""
+"""From backward to new weights: gradients averaged over processes, measured, clipped, and Adam's step."""
 
 from __future__ import annotations
 
@@ -28,3 +28,35 @@ def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
     if max_norm < norm < float("inf"):
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
     return norm
+
+
+@torch.no_grad()
+def fused_adam_step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()`` of a `torch.optim.Adam` with ``fused=True``, but for what surrounds its kernel.
+
+    That costs more than the kernel where networks are small.
+    """
+    if not optimizer.state:
+        optimizer.step()  # makes the state
+        return
+    for group in optimizer.param_groups:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        states = [optimizer.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adam_(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.algorithms.gradients import average_and_clip
+from lit_rl.algorithms.gradients import average_and_clip, fused_adam_step
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
-from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, value_loss
+from lit_rl.losses import approx_kl, clip_fraction, ppo_loss
 from lit_rl.models.agent import ActorCritic, TrunkFactory
 from lit_rl.models.normalization import RewardScale, reduce_sum, world_size
 from lit_rl.ranks import together
@@ -276,7 +276,7 @@ class LitPPO(LitAgent):
                 grad_norms.append(average_and_clip(parameters, self.max_grad_norm))
                 if not math.isfinite(grad_norms[-1]):
                     raise UserError(self._not_finite(loss, measured))
-                optimizer.step()
+                fused_adam_step(optimizer)
                 for parameter in parameters:
                     parameter.grad = None
                 losses += measured.values()
@@ -301,21 +301,26 @@ class LitPPO(LitAgent):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of one minibatch; detached, its parts and the log ratio ``[M, T]``."""
         params, value, _ = self.agent(steps_MT[keys.OBSERVATION], state_M, steps_MT[keys.IS_INIT])
-        log_prob = self.agent.policy.log_prob(params, steps_MT[keys.ACTION])
-        entropy = self.agent.policy.entropy(params).mean()
-
-        # Schulman et al. 2017, eq. 9, as a loss.
-        log_ratio = log_prob - steps_MT[keys.LOG_PROB]
-        policy_loss = clipped_surrogate(log_ratio.exp(), steps_MT[keys.ADVANTAGE], clip)
-        critic_loss = value_loss(value, steps_MT[keys.VALUE_TARGET], steps_MT[keys.VALUE], self.value_clip)
-        loss = policy_loss + self.value_coef * critic_loss - entropy_coef * entropy
-
-        measured = {"policy_loss": policy_loss, "value_loss": critic_loss, "entropy": entropy}
+        terms = ppo_loss(
+            self.agent.policy.log_prob(params, steps_MT[keys.ACTION]),
+            value,
+            self.agent.policy.entropy(params),
+            old_log_prob=steps_MT[keys.LOG_PROB],
+            old_value=steps_MT[keys.VALUE],
+            advantage=steps_MT[keys.ADVANTAGE],
+            target=steps_MT[keys.VALUE_TARGET],
+            clip=clip,
+            value_clip=self.value_clip,
+            value_coef=self.value_coef,
+            entropy_coef=entropy_coef,
+        )
+        loss = terms.loss
+        measured = {name: getattr(terms, name) for name in ("policy_loss", "value_loss", "entropy")}
         auxiliary = self.agent.auxiliary_loss()
         if auxiliary is not None:
             loss = loss + auxiliary
-            measured["auxiliary_loss"] = auxiliary
-        return loss, {key: part.detach() for key, part in measured.items()}, log_ratio.detach()
+            measured["auxiliary_loss"] = auxiliary.detach()
+        return loss, measured, terms.log_ratio
 
     def _not_finite(self, loss: Tensor, measured: dict[str, Tensor]) -> str:
         bad = [key for key, value in measured.items() if not value.isfinite()]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
 from lit_rl.envs.checks import cause_of, is_atari, is_minigrid, unknown_id
 from lit_rl.envs.minigrid import SymbolicView
-from lit_rl.envs.vector import GuardedEnv, SameStepVectorEnv
+from lit_rl.envs.vector import FirstSeed, GuardedEnv, SameStepVectorEnv, StepResult
 from lit_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +31,39 @@ def make_gymnasium(
     if config.vectorization == "async":
         row(0)().close()  # a bad option shows here, as one line, and not as the trace of a worker
         return SameStepVectorEnv(_QuietAsyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
-    return SameStepVectorEnv(SyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
+    return FirstSeed(_SyncRows(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
+
+
+class _SyncRows(SyncVectorEnv):
+    """All rows in this process, one after the other, under the contract of `vector`.
+
+    gymnasium's own step asks each row for the mode of autoreset, copies each result three times and merges
+    dictionaries, at the cost of two more environments.
+    """
+
+    def step(self, actions: Any) -> StepResult:
+        N = self.num_envs
+        observations, final = [], []
+        reward, terminated, truncated = np.zeros(N), np.zeros(N, bool), np.zeros(N, bool)
+        success = np.full(N, np.nan)
+        for row, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions), strict=True)):
+            obs, reward[row], terminated[row], truncated[row], info = env.step(action)
+            final.append(obs)
+            if terminated[row] or truncated[row]:
+                success[row] = info.get("success", np.nan)
+                obs, _ = env.reset()
+            observations.append(obs)
+        ended = terminated | truncated
+        batch = self._batched(observations)
+        if not ended.any():
+            return batch, reward, terminated, truncated, {}
+        told = {} if np.isnan(success).all() else {"success": success}
+        return batch, reward, terminated, truncated, {"final_obs": self._batched(final), **told}
+
+    def _batched(self, observations: list[Any]) -> Any:
+        space = self.single_observation_space
+        empty: Any = create_empty_array(space, self.num_envs)
+        return concatenate(space, observations, empty)
 
 
 class _QuietAsyncVectorEnv(AsyncVectorEnv):

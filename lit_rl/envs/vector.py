@@ -102,8 +102,8 @@ def success_of(info: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-class SameStepVectorEnv(VectorWrapper):
-    """Brings gymnasium's vector environment of `GuardedEnv`s (SAME_STEP autoreset) to the contract."""
+class FirstSeed(VectorWrapper):
+    """The first reset takes the seed given here, unless it is given one."""
 
     def __init__(self, env: VectorEnv, seed: int | None = None) -> None:
         super().__init__(env)
@@ -113,6 +113,10 @@ class SameStepVectorEnv(VectorWrapper):
         seed, self._first_seed = (self._first_seed if seed is None else seed), None
         obs, _ = self.env.reset(seed=None if seed is None else base_seed(seed), options=options)
         return obs, {}
+
+
+class SameStepVectorEnv(FirstSeed):
+    """Brings gymnasium's vector environment of `GuardedEnv`s (SAME_STEP autoreset) to the contract."""
 
     def step(self, actions: Any) -> StepResult:
         obs, reward, terminated, truncated, info = self.env.step(actions)

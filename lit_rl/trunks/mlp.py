@@ -6,7 +6,7 @@ Shapes: B rows, T time steps, F input features, D output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -82,6 +82,6 @@ class MLP(Trunk):
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         # Not through the modules' calls, which cost as much as the arithmetic of one acting step.
-        for linear in self.layers:
-            x = self.activation(F.linear(x, cast(Tensor, linear.weight), cast(Tensor, linear.bias)))
+        for linear in cast(Iterable[nn.Linear], self.layers):
+            x = self.activation(F.linear(x, linear.weight, linear.bias))
         return x, state
