@@ -126,7 +126,6 @@ class RolloutCollector(BaseCollector):
 
         self._observation = observation(space)
         action_dtype = torch.empty(0, dtype=head.action_dtype).numpy().dtype
-        self._params = np.zeros((E, T, head.num_params), np.float32)
         self._action = np.zeros((E, T, *head.action_shape), action_dtype)
         floats = (
             keys.LOG_PROB,
@@ -152,6 +151,8 @@ class RolloutCollector(BaseCollector):
         values_can_wait = self.policy.values_can_wait
 
         states: list[TensorDict] = []
+        actions: list[Tensor] = []
+        params: list[Tensor] = []
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
             noises = self.policy.policy.noise(T, E, generator=self.generator).unbind()
@@ -169,8 +170,8 @@ class RolloutCollector(BaseCollector):
                     noise=noises[t],
                 )
                 self._state = step.state
-                self._action[:, t] = step.action.cpu().numpy()
-                self._params[:, t] = step.params.cpu().numpy()
+                actions.append(step.action)
+                params.append(step.params)
                 if step.value is not None:
                     value[:, t] = step.value.cpu().numpy()
 
@@ -192,8 +193,10 @@ class RolloutCollector(BaseCollector):
                     self._close_episodes(t, info)
 
             # Of the distributions that acted, only worked out for all steps at once.
-            params, action = to_tensor(self._params, self.device), to_tensor(self._action, self.device)
-            self._float[keys.LOG_PROB][:] = self.policy.policy.log_prob(params, action).cpu().numpy()
+            action = torch.stack(actions, dim=1)
+            self._action[:] = action.cpu().numpy()
+            log_prob = self.policy.policy.log_prob(torch.stack(params, dim=1), action)
+            self._float[keys.LOG_PROB][:] = log_prob.cpu().numpy()
             if values_can_wait:
                 every_step = map_leaves(
                     lambda array: array.reshape(E * T, *array.shape[2:]), self._observation
