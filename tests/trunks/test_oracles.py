@@ -131,7 +131,7 @@ def test_gru_by_hand():
 def test_stretched_rows_by_hand():
     is_init_BT = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
     rows = StretchedRows.around_resets(is_init_BT, torch.float32)
-    assert rows.index_BT.tolist() == [[0, 1, 3, 5], [0, 1, 2, 3], [0, 2, 3, 4]]
+    assert rows.at.view(3, 4).tolist() == [[0, 1, 3, 5], [6, 7, 8, 9], [12, 14, 15, 16]]
     reset_BK, padding_BK = rows.flags_BK2.unbind(-1)
     assert reset_BK.tolist() == [[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
     assert padding_BK.tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]]
