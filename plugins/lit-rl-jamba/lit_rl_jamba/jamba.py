@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from lit_rl_ssm.blocks import RESETS, require_sizes
+from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.mamba import MambaMixer
 from lit_rl_ssm.mamba2 import Mamba2Mixer
 from lit_rl_transformers.attention import WindowAttention
@@ -117,9 +117,9 @@ class Jamba(Trunk):
         for name, number in (("experts", experts), ("balance_coef", balance_coef)):
             if not number >= 0:
                 raise ValueError(f"{name} must be at least 0, not {number}")
-        for name, chosen, known in (("reset", reset, RESETS), ("mamba", mamba, ("mamba", "mamba2"))):
-            if chosen not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
+        if mamba not in ("mamba", "mamba2"):
+            raise ValueError(f"mamba must be one of mamba, mamba2, not {mamba!r}")
+        resets = resets_by(reset)
         letters = spell_layers(pattern, n_layers)
         super().__init__(in_features, out_features=d_model)
 
@@ -157,7 +157,7 @@ class Jamba(Trunk):
         )
         self.norm_f = nn.RMSNorm(d_model, eps=1e-5)
         self.letters = letters
-        self.reset = reset
+        self.resets = resets
         self.balance_coef = balance_coef
 
         # Each entry of the state: the layers it holds, and what they call it.
@@ -171,7 +171,7 @@ class Jamba(Trunk):
         return TensorDict(self._stacked(self._initial_memories(batch_size)), batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        is_init_BT = RESETS[self.reset](is_init)
+        is_init_BT = self.resets(is_init)
         u_BTD = self._embed(x)
         leaving, loads = [], {}
         for layer, (block, memory) in enumerate(zip(self.layers, self._memories(state), strict=True)):
@@ -184,7 +184,7 @@ class Jamba(Trunk):
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """For each layer what `MAPS` says, ``[B, T, T]``."""
-        is_init_BT = RESETS[self.reset](is_init)
+        is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
         for letter, block, memory in zip(self.letters, self.layers, self._memories(state), strict=True):
             maps.append(MAPS[letter](block.mixer, block.norm(u_BTD), memory, is_init_BT))

@@ -27,12 +27,30 @@ from lit_rl_ssm.norm import RMSNorm
 # numbers: larger ones are mapped into memory anew for every operation, which costs as much as the operation.
 PIECE = 2**20
 
-# What the layers are told of `is_init`. "leaky" is a common mistake kept as an option, for comparison:
-# episodes run into one another, as in code that trains and acts on a memory that no one clears.
-RESETS: dict[str, Callable[[Tensor], Tensor]] = {"strict": lambda is_init: is_init, "leaky": torch.zeros_like}
-
-
 Layer = Callable[[Tensor, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def strict(is_init_BT: Tensor) -> Tensor:
+    """Resets where they are."""
+    return is_init_BT
+
+
+def leaky(is_init_BT: Tensor) -> Tensor:
+    """None: episodes run into one another, as in code that trains and acts on a memory that no one clears.
+
+    A common mistake kept as an option, for comparison.
+    """
+    return torch.zeros_like(is_init_BT)
+
+
+RESETS: dict[str, Callable[[Tensor], Tensor]] = {"strict": strict, "leaky": leaky}
+
+
+def resets_by(reset: str) -> Callable[[Tensor], Tensor]:
+    """What becomes of `is_init`; raises ValueError for a word that `RESETS` does not know."""
+    if reset not in RESETS:
+        raise ValueError(f"reset must be one of {', '.join(RESETS)}, not {reset!r}")
+    return RESETS[reset]
 
 
 def require_sizes(**sizes: int) -> None:
@@ -112,12 +130,11 @@ class ResidualTrunk(Trunk):
         self, in_features: int, make_mixer: Callable[[], nn.Module], *, n_layers: int, reset: str
     ) -> None:
         require_sizes(in_features=in_features, n_layers=n_layers)
-        if reset not in RESETS:
-            raise ValueError(f"reset must be one of {', '.join(RESETS)}, not {reset!r}")
+        resets = resets_by(reset)
         mixers = [make_mixer() for _ in range(n_layers)]
         d_model = mixers[0].d_model
         super().__init__(in_features, out_features=d_model)
-        self.reset = reset
+        self.resets = resets
         self.embedding = nn.Linear(in_features, d_model)
         self.layers = nn.ModuleList(Block(mixer) for mixer in mixers)
         self.norm_f = RMSNorm(d_model)
@@ -130,7 +147,7 @@ class ResidualTrunk(Trunk):
         return TensorDict(leaves, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        is_init_BT = RESETS[self.reset](is_init)
+        is_init_BT = self.resets(is_init)
         u_BTD, memories = self._embed(x), self._memories(x, state)
         leaving = []
         for block, memory in zip(self.layers, memories, strict=True):
@@ -141,7 +158,7 @@ class ResidualTrunk(Trunk):
 
     def hidden_attention(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """For each layer ``[B, M, T, T]``, see `Mixer.hidden_attention`."""
-        is_init_BT = RESETS[self.reset](is_init)
+        is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
         for block, memory in zip(self.layers, self._memories(x, state), strict=True):
             maps.append(block.mixer.hidden_attention(block.norm(u_BTD), memory, is_init_BT))

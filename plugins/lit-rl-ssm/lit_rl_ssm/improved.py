@@ -17,13 +17,15 @@ Shapes: B rows, T time steps, F input features, D = d_model, N = d_state, L = n_
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
 from lit_rl.trunks import Trunk
-from lit_rl_ssm.blocks import require_sizes
+from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.dense_scan import dense_scan, norm_bound
 from lit_rl_ssm.states import entry
 
@@ -41,6 +43,7 @@ class ImprovedSSM(Trunk):
         layer_norm: normalise what a layer gives.
         orthogonal_init: A starts orthogonal times 0.9, else Xavier-uniform like the others.
         residual: add what a layer gets to what it gives, from the second layer on.
+        reset: "leaky" ignores `is_init`, a common mistake kept as an option, for comparison.
 
     State: "h" ``[B, L, N]``.
     """
@@ -55,10 +58,12 @@ class ImprovedSSM(Trunk):
         layer_norm: bool = True,
         orthogonal_init: bool = True,
         residual: bool = True,
+        reset: Literal["strict", "leaky"] = "strict",
     ) -> None:
         require_sizes(in_features=in_features, d_model=d_model, n_layers=n_layers, d_state=d_state)
         super().__init__(in_features, out_features=d_model)
         self.residual = residual
+        self.resets = resets_by(reset)
         self.input_proj = nn.Linear(in_features, d_model)
         self.A = nn.Parameter(torch.empty(n_layers, d_state, d_state))
         self.B = nn.Parameter(torch.empty(n_layers, d_state, d_model))
@@ -79,6 +84,7 @@ class ImprovedSSM(Trunk):
         return TensorDict({"h": self.A.new_zeros(batch_size, layers, d_state)}, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        is_init_BT = self.resets(is_init)
         memory_BLN = entry(state, "h", (x.shape[0], *self.A.shape[:2]), self)
         # Outside autocast, as the recurrent trunks: a state rounded at every step would drift.
         with torch.autocast(x.device.type, enabled=False):
@@ -87,7 +93,7 @@ class ImprovedSSM(Trunk):
             leaving = []
             for layer, (A_NN, norm) in enumerate(zip(A_LNN, self.norms, strict=True)):
                 write_BTN = linear(u_BTD, self.B[layer])
-                h_BTN = _states(A_NN, write_BTN, memory_BLN[:, layer], is_init)
+                h_BTN = _states(A_NN, write_BTN, memory_BLN[:, layer], is_init_BT)
                 z_BTD = norm(linear(h_BTN, self.C[layer]) + linear(u_BTD, self.D[layer]))
                 u_BTD = u_BTD + z_BTD if self.residual and layer > 0 else z_BTD
                 leaving.append(h_BTN[:, -1])

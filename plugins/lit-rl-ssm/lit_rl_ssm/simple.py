@@ -20,6 +20,7 @@ Shapes: B rows, T time steps, F input features, D = d_model, N = d_state.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from tensordict import TensorDict
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from lit_rl.trunks import Trunk
-from lit_rl_ssm.blocks import require_sizes
+from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.selective_scan import scan_by, selective_scan
 from lit_rl_ssm.states import entry
 
@@ -41,13 +42,22 @@ class SimpleSSM(Trunk):
         in_features: F.
         d_model: hidden and output width.
         d_state: N, how many states.
+        reset: "leaky" ignores `is_init`, a common mistake kept as an option, for comparison.
 
     State: "s" ``[B, N]``.
     """
 
-    def __init__(self, in_features: int, *, d_model: int = 128, d_state: int = 64) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        d_model: int = 128,
+        d_state: int = 64,
+        reset: Literal["strict", "leaky"] = "strict",
+    ) -> None:
         require_sizes(in_features=in_features, d_model=d_model, d_state=d_state)
         super().__init__(in_features, out_features=d_model)
+        self.resets = resets_by(reset)
         self.scan = scan_by("auto")
         self.input_proj = nn.Linear(in_features, d_model)
         self.norm = nn.LayerNorm(d_model)
@@ -69,7 +79,7 @@ class SimpleSSM(Trunk):
         # Outside autocast, as the recurrent trunks: a state rounded at every step would drift.
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = torch.tanh(self.norm(self.input_proj(x.to(s_BN.dtype))))
-            s_BTN, s_BN = self._scan(self.B(u_BTD), s_BN, is_init)
+            s_BTN, s_BN = self._scan(self.B(u_BTD), s_BN, self.resets(is_init))
             y_BTD = torch.tanh(self.C(s_BTN) + self.D * u_BTD)
         return y_BTD, TensorDict({"s": s_BN}, batch_size=state.batch_size)
 

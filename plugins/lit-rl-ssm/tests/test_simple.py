@@ -11,6 +11,8 @@ from torch.nn.functional import layer_norm
 
 from lit_rl import registry
 from lit_rl.testing import TrunkConformance
+from lit_rl.testing.trunk_checks import Subject
+from lit_rl.testing.trunk_checks.contract import check_no_leak_between_episodes
 
 torch.set_num_threads(1)
 
@@ -35,6 +37,15 @@ def literal(p, x, s, is_init):
             outputs.append(torch.tanh(p["C.weight"] @ state + p["C.bias"] + p["D"] * u))
         rows.append((torch.stack(outputs), state))
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("trunk", [SimpleSSM, ImprovedSSM])
+def test_leaky_fails_the_check_of_leaks(trunk):
+    check_no_leak_between_episodes(Subject(trunk, {"d_model": 8}))
+    with pytest.raises(AssertionError, match="reset"):
+        check_no_leak_between_episodes(Subject(trunk, {"d_model": 8, "reset": "leaky"}))
+    with pytest.raises(ValueError, match="reset must be one of strict, leaky, not 'never'"):
+        trunk(3, reset="never")
 
 
 @pytest.mark.parametrize("steps", [1, 23, 1024])
