@@ -1,7 +1,7 @@
 """Memory that collecting a rollout takes: ``python -m lit_rl.benchmarks.rollout_memory [NAMES]``.
 
-A rollout of PPO is 8 environments x 128 steps of CartPole-v1; trunks have d_model 256, 4 layers and a memory of
-128 steps where they know these words. Each collects in a process of its own; what is told is how far that
+A rollout of PPO is 8 environments x 128 steps of CartPole-v1; trunks have d_model 256, 4 layers and a memory
+of 128 steps where they know these words. Each collects in a process of its own; what is told is how far that
 process's resident memory rises during three rollouts (Linux only).
 """
 
