@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
+import torch
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
@@ -113,6 +114,10 @@ class RolloutDataModule(L.LightningDataModule):
             self._collector_state = None
         frames = self.collector.frames_per_batch * world_size
         return RolloutLoader(self.collector, max(1, self.frames_per_epoch // frames))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Rollouts go to the learner's device; on the CPU they are there, and looking for it takes time."""
+        return batch.to(device) if isinstance(batch, TensorDict) and device.type != "cpu" else batch
 
     def val_dataloader(self) -> Episodes:
         return self._episodes()

@@ -202,7 +202,7 @@ class ActorCritic(nn.Module):
             cast(ObservationNorm, norm).update(observation[key] if self.is_dict else observation)
 
     def _normalize(self, observation: Observation) -> Observation:
-        if not self.norms:
+        if not self.normalized:
             return observation
         if not self.is_dict:
             return self.norms[0](observation)

@@ -67,9 +67,10 @@ class MLP(Trunk):
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether `_TanhLayers` is the quicker way."""
-        is_many = x.shape[0] * x.shape[1] * self.out_features > 4096
-        is_plain = x.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
-        return is_many and is_plain and self.activation is torch.tanh
+        B, T, _ = x.shape
+        if B * T * self.out_features <= 4096 or self.activation is not torch.tanh:
+            return False
+        return x.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 class _TanhLayers(torch.autograd.Function):
