@@ -114,9 +114,9 @@ def _check(arguments: argparse.Namespace) -> int:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"trunk {arguments.name!r} cannot be built with {options}: {reason}") from error
     if arguments.learn:
-        from lit_rl.benchmarks.ladder import run
+        from lit_rl.benchmarks.ladder import run, with_peers
 
-        run(arguments.name, options, **ladder)
+        run(with_peers(arguments.name, options), **ladder)
         return 0
     counts: Counter[str] = Counter()
     for verdict in run_checks(subject):

@@ -10,10 +10,11 @@ far the question is: learning to count gives a memory its use long before any an
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ def _seconds_an_action(model: LitPPO) -> float:
     return interleaved({"act": act}, rounds=20, calls=10)["act"]
 
 
-def contenders(name: str, options: Mapping[str, Any]) -> Iterator[Contender]:
+def with_peers(name: str, options: Mapping[str, Any]) -> Iterator[Contender]:
     """The trunk in question with its options, then those of `PEERS` that are installed."""
     given = [f"{key}={value}" for key, value in options.items()]
     question = Contender.named(name, **options).with_usual(d_model=D_MODEL)
@@ -198,9 +199,9 @@ def table(climbs: Sequence[Climb]) -> list[dict[str, Any]]:
 
 
 def run(
-    name: str,
-    options: Mapping[str, Any],
+    contenders: Iterable[Contender],
     *,
+    rungs: Sequence[Rung] = RUNGS,
     seed: int = 1,
     frames: int | None = None,
     csv: Path | None = None,
@@ -208,8 +209,8 @@ def run(
     """Trains every contender on every rung and prints the table.
 
     Args:
-        name: of the trunk in question.
-        options: of its constructor.
+        contenders: trunks with their options.
+        rungs: how far back to remember.
         seed: of weights, environments and actions.
         frames: the budget of every run, instead of the rungs' own.
         csv: where all runs are kept, a line each.
@@ -226,8 +227,8 @@ def run(
     warnings.filterwarnings("ignore", module="lightning")
     print(INTRODUCTION, flush=True)
     climbs = []
-    for contender in contenders(name, options):
-        for rung in RUNGS:
+    for contender in contenders:
+        for rung in rungs:
             one = climb(contender, replace(rung, frames=frames or rung.frames), seed)
             climbs.append(one)
             print(
@@ -238,3 +239,19 @@ def run(
             if csv is not None:
                 write_csv(csv, [asdict(one) for one in climbs])
     print(f"\n{markdown(table(climbs))}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The memory ladder for any trunks: no peers are added.")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--k", type=int, nargs="+", choices=[rung.delay for rung in RUNGS], help="rungs")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--csv", type=Path, help="where all runs are kept")
+    arguments = parser.parse_args()
+    rungs = [rung for rung in RUNGS if arguments.k is None or rung.delay in arguments.k]
+    named = [Contender.named(name).with_usual(d_model=D_MODEL) for name in arguments.names]
+    run(named, rungs=rungs, seed=arguments.seed, csv=arguments.csv)
+
+
+if __name__ == "__main__":
+    main()
