@@ -1,13 +1,16 @@
-"""Runs of several seeds as one curve and one table.
+"""Runs of several seeds and settings as one curve and one table.
 
 ``python -m lit_rl.benchmarks.curves logs/ppo_halfcheetah --out logs/benchmarks/ppo_halfcheetah`` reads the
-TensorBoard events and configurations of a folder's runs, prints a table, writes `curve.csv` and `curve.png`.
+TensorBoard events and configurations of the runs in one or more folders, prints a table, writes `curve.csv`
+and `curve.png`. ``--metric success`` draws successes in the place of returns.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,46 +18,80 @@ import yaml
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_rl.callbacks.record import CURVES
-
-Points = list[tuple[int, float]]  # environment frames, return
+Points = list[tuple[int, float]]  # environment frames, value
 
 
-def read_run(run: Path) -> tuple[int, dict[str, Points]]:
-    """A run's seed and its curves."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in CURVES}
-    return yaml.safe_load((run / "config.yaml").read_text())["seed_everything"], curves
+@dataclass(frozen=True)
+class Run:
+    """What became of one seed of one experiment."""
+
+    name: str
+    seed: int
+    evaluation: Points
+    """Means of greedy evaluations."""
+    training: Points
+    """Means of the training episodes of a rollout."""
+
+    @classmethod
+    def read(cls, folder: Path, metric: str) -> Run:
+        """From ``logs/NAME/version_N``."""
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        evaluation, training = (
+            [(event.step, event.value) for event in events.Scalars(f"{kind}/{metric}")]
+            for kind in ("val", "episode")
+        )
+        seed = yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"]
+        return cls(folder.parent.name, seed, evaluation, training)
+
+    @property
+    def final(self) -> float:
+        return self.evaluation[-1][1]
+
+    @property
+    def last_tenth(self) -> float:
+        """Mean of training over the last tenth of its frames."""
+        start = 0.9 * self.training[-1][0]
+        return float(np.mean([value for step, value in self.training if step > start]))
 
 
-def last_mean(points: Points, share: float = 0.1) -> float:
-    """Mean over the last tenth of a curve's frames."""
-    start = points[-1][0] * (1 - share)
-    return float(np.mean([value for step, value in points if step > start]))
-
-
-def table(runs: dict[int, dict[str, Points]]) -> str:
-    """Final returns a seed and over seeds, in Markdown."""
-    rows = {
-        seed: (curves["val/return"][-1][1], last_mean(curves["episode/return"]))
-        for seed, curves in runs.items()
-    }
-    finals = np.array(list(rows.values()))
+def table(runs: Sequence[Run], digits: int) -> str:
+    """Final values of each seed, and over the seeds of a name, in Markdown."""
     lines = [
-        "| seed | greedy evaluation at the end | training episodes, last tenth |",
-        "|---|---|---|",
-        *(f"| {seed} | {final:.0f} | {train:.0f} |" for seed, (final, train) in rows.items()),
-        "| mean +- std | " + " | ".join(f"{of.mean():.0f} +- {of.std():.0f}" for of in finals.T) + " |",
+        "| run | seed | greedy evaluation at the end | training episodes, last tenth |",
+        "|---|---|---|---|",
     ]
+    for name in dict.fromkeys(run.name for run in runs):
+        mine = [run for run in runs if run.name == name]
+        lines += [
+            f"| {name} | {run.seed} | {run.final:.{digits}f} | {run.last_tenth:.{digits}f} |" for run in mine
+        ]
+        if len(mine) > 1:
+            spread = [
+                f"{np.mean(of):.{digits}f} +- {np.std(of):.{digits}f}"
+                for of in ([run.final for run in mine], [run.last_tenth for run in mine])
+            ]
+            lines.append(f"| {name} | mean +- std | {' | '.join(spread)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: dict[int, dict[str, Points]], title: str, path: Path) -> None:
+def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
+    """Evaluations over frames: a colour for each name, a line for each seed."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for seed, curves in runs.items():
-        axes.plot(*zip(*curves["val/return"], strict=True), marker="o", markersize=3, label=f"seed {seed}")
-    axes.set(xlabel="environment frames", ylabel="return (greedy evaluation)", title=title)
+    names = list(dict.fromkeys(run.name for run in runs))
+    for number, run in enumerate(runs):
+        by_seed = len(names) == 1
+        label = f"seed {run.seed}" if by_seed else run.name
+        seen = {line.get_label() for line in axes.get_lines()}
+        axes.plot(
+            *zip(*run.evaluation, strict=True),
+            marker="o",
+            markersize=3,
+            color=f"C{number if by_seed else names.index(run.name)}",
+            label=label if label not in seen else None,
+        )
+    title = names[0] if len(names) == 1 else None
+    axes.set(xlabel="environment frames", ylabel=f"{metric} (greedy evaluation)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -62,21 +99,31 @@ def draw(runs: dict[int, dict[str, Points]], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs of several seeds as one curve and one table.")
-    parser.add_argument("runs", type=Path, help="the folder of the runs, logs/NAME")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, logs/NAME")
+    parser.add_argument("--metric", choices=["return", "success"], default="return")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    runs = dict(sorted(read_run(run.parent) for run in arguments.runs.glob("*/config.yaml")))
+    runs = sorted(
+        (
+            Run.read(config.parent, arguments.metric)
+            for folder in arguments.runs
+            for config in folder.glob("*/config.yaml")
+        ),
+        key=lambda run: (run.name, run.seed),
+    )
+    digits = 2 if arguments.metric == "success" else 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("seed", "curve", "frames", "return"))
-        for seed, curves in runs.items():
-            for tag, points in curves.items():
+        writer.writerow(("run", "seed", "curve", "frames", arguments.metric))
+        for run in runs:
+            for kind, points in (("evaluation", run.evaluation), ("training", run.training[::10])):
                 # Training episodes of every tenth rollout tell enough.
-                kept = points[:: 10 if tag == "episode/return" else 1]
-                writer.writerows((seed, tag, step, round(value, 1)) for step, value in kept)
-    draw(runs, arguments.runs.name, arguments.out / "curve.png")
-    print(table(runs), end="")
+                writer.writerows(
+                    (run.name, run.seed, kind, step, round(value, digits + 1)) for step, value in points
+                )
+    draw(runs, arguments.metric, arguments.out / "curve.png")
+    print(table(runs, digits), end="")
 
 
 if __name__ == "__main__":
