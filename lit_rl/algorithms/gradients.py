@@ -36,11 +36,13 @@ def fused_adam_step(optimizer: torch.optim.Optimizer) -> None:
 
     That costs more than the kernel where networks are small.
     """
-    if not optimizer.state:
+    groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
+    if not all(parameter in optimizer.state for _, parameters in groups for parameter in parameters):
         optimizer.step()  # makes the state
         return
-    for group in optimizer.param_groups:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for group, parameters in groups:
+        if not parameters:
+            continue
         states = [optimizer.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)

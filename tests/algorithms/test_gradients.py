@@ -1,0 +1,64 @@
+"""From gradients to new weights, held to torch's own clipping and Adam."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lit_rl.algorithms.gradients import average_and_clip, fused_adam_step
+
+torch.set_num_threads(1)
+
+
+def net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def adam(module: nn.Sequential) -> torch.optim.Adam:
+    first, _, last = module
+    groups = [
+        {"params": list(first.parameters()), "lr": 1e-2},
+        {"params": list(last.parameters()), "lr": 3e-2},
+    ]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)
+
+
+def test_the_kernel_alone_takes_adams_steps() -> None:
+    ours, theirs = net(0), net(0)
+    optimizers = adam(ours), adam(theirs)
+    for step in range(6):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(step))
+        for module in (ours, theirs):
+            module.zero_grad()
+            # At first the first layer, then the last one has no gradient.
+            features = module[0](x).detach() if step < 2 else module[0](x)
+            (features if step == 4 else module[2](features.tanh())).square().sum().backward()
+        fused_adam_step(optimizers[0])
+        optimizers[1].step()
+        for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, reference, rtol=0, atol=0)
+    torch.testing.assert_close(optimizers[0].state_dict(), optimizers[1].state_dict())
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_clipping_is_torchs(max_norm: float) -> None:
+    ours = net(1)
+    ours(torch.randn(7, 3)).square().sum().backward()
+    theirs = copy.deepcopy(ours)
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        reference.grad = mine.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    assert average_and_clip(ours.parameters(), max_norm) == pytest.approx(norm.item())
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
+
+
+def test_a_gradient_that_is_not_finite_is_left_alone() -> None:
+    module = net(2)
+    module(torch.full((1, 3), torch.inf)).sum().backward()
+    before = [parameter.grad.clone() for parameter in module.parameters()]
+    assert not torch.isfinite(torch.tensor(average_and_clip(module.parameters(), 0.5)))
+    for parameter, was in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.grad, was, equal_nan=True)
