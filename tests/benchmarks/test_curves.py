@@ -1,0 +1,44 @@
+"""Runs as a table, a picture and numbers."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_rl.benchmarks import curves
+
+
+def fake_run(folder: Path, seed: int, final: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(0, 1001, 10):
+            writer.add_scalar("episode/success", float(step > 900), step)
+        writer.add_scalar("val/success", 0.1, 500)
+        writer.add_scalar("val/success", final, 1000)
+
+
+def test_seeds_of_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fake_run(tmp_path / "one" / "version_1", 2, 1.0)
+    fake_run(tmp_path / "one" / "version_0", 1, 0.5)
+    fake_run(tmp_path / "two" / "version_0", 1, 0.25)
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    arguments = [*folders, "--metric", "success", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["curves", *arguments])
+    curves.main()
+    # Training succeeds in its last tenth alone.
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| one | 1 | 0.50 | 1.00 |",
+        "| one | 2 | 1.00 | 1.00 |",
+        "| one | mean +- std | 0.75 +- 0.25 | 1.00 +- 0.00 |",
+        "| two | 1 | 0.25 | 1.00 |",
+    ]
+    kept = list(csv.DictReader((tmp_path / "out" / "curve.csv").read_text().splitlines()))
+    assert [row["success"] for row in kept if row["curve"] == "evaluation"] == [
+        "0.1", "0.5", "0.1", "1.0", "0.1", "0.25",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
