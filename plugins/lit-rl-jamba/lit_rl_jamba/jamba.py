@@ -19,6 +19,7 @@ import torch
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.mamba import MambaMixer
 from lit_rl_ssm.mamba2 import Mamba2Mixer
+from lit_rl_ssm.states import entry
 from lit_rl_transformers.attention import WindowAttention
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -160,12 +161,13 @@ class Jamba(Trunk):
         self.resets = resets
         self.balance_coef = balance_coef
 
-        # Each entry of the state: the layers it holds, and what they call it.
+        # Each entry of the state: the layers it holds, and what they call it. And its shape without B.
         self._entries: dict[str, tuple[str, list[int]]] = {}
         for layer, memory_1 in enumerate(self._initial_memories(1)):
             for leaf in memory_1:
                 key = f"{kinds[letters[layer]][0]}_{leaf}"
                 self._entries.setdefault(key, (leaf, []))[1].append(layer)
+        self._state_shapes = {key: leaf.shape[1:] for key, leaf in self.initial_state(1).items()}
 
     def initial_state(self, batch_size: int) -> TensorDict:
         return TensorDict(self._stacked(self._initial_memories(batch_size)), batch_size=[batch_size])
@@ -174,7 +176,7 @@ class Jamba(Trunk):
         is_init_BT = self.resets(is_init)
         u_BTD = self._embed(x)
         leaving, loads = [], {}
-        for layer, (block, memory) in enumerate(zip(self.layers, self._memories(state), strict=True)):
+        for layer, (block, memory) in enumerate(zip(self.layers, self._memories(x, state), strict=True)):
             u_BTD, memory, load = block(u_BTD, memory, is_init_BT)
             leaving.append(memory)
             if load is not None:
@@ -186,7 +188,7 @@ class Jamba(Trunk):
         """For each layer what `MAPS` says, ``[B, T, T]``."""
         is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
-        for letter, block, memory in zip(self.letters, self.layers, self._memories(state), strict=True):
+        for letter, block, memory in zip(self.letters, self.layers, self._memories(x, state), strict=True):
             maps.append(MAPS[letter](block.mixer, block.norm(u_BTD), memory, is_init_BT))
             u_BTD, _, _ = block(u_BTD, memory, is_init_BT)
         return maps
@@ -198,18 +200,12 @@ class Jamba(Trunk):
     def _initial_memories(self, batch_size: int) -> list[Memory]:
         return [block.mixer.initial_state(batch_size) for block in self.layers]
 
-    def _memories(self, state: TensorDict) -> list[Memory]:
+    def _memories(self, x_BTF: Tensor, state: TensorDict) -> list[Memory]:
         """Each layer's part of the state."""
         memories: list[Memory] = [{} for _ in self.layers]
         for key, (leaf, layers) in self._entries.items():
-            entry = state.get(key, None)
-            if entry is None or entry.shape[1] != len(layers):
-                found = "no such entry" if entry is None else f"one of shape {list(entry.shape)}"
-                raise ValueError(
-                    f"this trunk keeps {key!r} of {len(layers)} layers, the state given has {found}: pass "
-                    "what initial_state or a former pass of this trunk returned"
-                )
-            for layer, part in zip(layers, entry.unbind(dim=1), strict=True):
+            stacked = entry(state, key, (x_BTF.shape[0], *self._state_shapes[key]), self)
+            for layer, part in zip(layers, stacked.unbind(dim=1), strict=True):
                 memories[layer][leaf] = part
         return memories
 

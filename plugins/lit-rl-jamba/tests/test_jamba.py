@@ -148,12 +148,24 @@ def test_no_auxiliary_loss_without_experts_or_outside_training():
     assert trunk.metrics
 
 
-@pytest.mark.parametrize(("pattern", "found"), [("7:1", "shape"), ("0:1", "no such entry")])
-def test_the_state_of_another_trunk_is_refused(pattern, found):
-    trunk, other = Jamba(5, **TINY), Jamba(5, **TINY, pattern=pattern)
+@pytest.mark.parametrize(
+    ("options", "rows", "found"),
+    [
+        ({"pattern": "7:1"}, 2, r"'mamba_conv' \[2, 7, 16, 3\]"),
+        ({"pattern": "0:1"}, 2, "no 'mamba_conv'"),
+        ({"memory": 6}, 2, r"'attention_kv' \[2, 1, 6, 16\]"),
+        ({"d_model": 16}, 2, r"'mamba_conv' \[2, 3, 32, 3\]"),
+        ({"d_state": 4}, 2, r"'mamba_ssm' \[2, 3, 16, 4\]"),
+        ({}, 1, r"'mamba_conv' \[1, 3, 16, 3\]"),
+        ({}, 3, r"'mamba_conv' \[3, 3, 16, 3\]"),
+    ],
+)
+def test_the_state_of_another_trunk_or_of_other_rows_is_refused(options, rows, found):
+    trunk, other = Jamba(5, **TINY), Jamba(5, **{**TINY, **options})
     x_BTF, _, is_init_BT = run(trunk, 3)
-    with pytest.raises(ValueError, match=f"this trunk keeps .* layers, the state given has .*{found}"):
-        trunk(x_BTF, other.initial_state(2), is_init_BT)
+    with pytest.raises(ValueError, match=f"the state given has {found}, Jamba keeps") as refusal:
+        trunk(x_BTF, other.initial_state(rows), is_init_BT)
+    assert "\n" not in str(refusal.value)
 
 
 def test_leaky_resets_are_none():

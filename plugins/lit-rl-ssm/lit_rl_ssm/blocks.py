@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lit_rl.trunks import Trunk
 from lit_rl_ssm.norm import RMSNorm
+from lit_rl_ssm.states import entry
 
 # On the CPU a long sequence runs in pieces whose tensors ``[B, T, channels]`` have at most about this many
 # numbers: larger ones are mapped into memory anew for every operation, which costs as much as the operation.
@@ -175,16 +176,8 @@ class ResidualTrunk(Trunk):
 
     def _memories(self, x_BTF: Tensor, state: TensorDict) -> list[dict[str, Tensor]]:
         """Each layer's part of the state."""
-        leaves = {}
-        for key, shape in self._state_shapes.items():
-            leaf, expected = state.get(key, None), (x_BTF.shape[0], *shape)
-            if leaf is None or leaf.shape != expected:
-                found = f"no {key!r}" if leaf is None else f"{key!r} {list(leaf.shape)}"
-                raise ValueError(
-                    f"the state given has {found}, {type(self).__name__} keeps {key!r} {list(expected)}: "
-                    "pass what initial_state or a former pass of this trunk returned"
-                )
-            leaves[key] = leaf
+        rows = x_BTF.shape[0]
+        leaves = {key: entry(state, key, (rows, *shape), self) for key, shape in self._state_shapes.items()}
         return [{key: leaf[:, layer] for key, leaf in leaves.items()} for layer in range(len(self.layers))]
 
 

@@ -1,4 +1,4 @@
-"""What trunks with one entry of state ask of the state they are given."""
+"""What trunks ask of the state they are given."""
 
 from __future__ import annotations
 

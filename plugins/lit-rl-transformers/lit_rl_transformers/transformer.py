@@ -103,12 +103,13 @@ class AttentionTrunk(Trunk):
         self, x: Tensor, state: TensorDict, is_init: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Window]:
         entries = cast(dict[str, Tensor], dict(state.items()))
-        shapes = {key: tuple(entry.shape[1:]) for key, entry in entries.items()}
-        expected = dict.fromkeys(self.cache_keys, self.cache_shape) | {"age": ()}
+        shapes = {key: tuple(entry.shape) for key, entry in entries.items()}
+        rows = x.shape[0]
+        expected = dict.fromkeys(self.cache_keys, (rows, *self.cache_shape)) | {"age": (rows,)}
         if shapes != expected:
             raise ValueError(
-                f"the state holds {shapes} a row, not {expected}: it is another trunk's or of other options; "
-                "begin from this trunk's initial_state"
+                f"the state holds {shapes}, not {expected}: it is another trunk's, of other options or of "
+                "another number of rows; begin from this trunk's initial_state"
             )
         _, first = next(self._stack())
         window = first.attention.window(entries["age"], is_init)

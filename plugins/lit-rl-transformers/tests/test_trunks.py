@@ -149,3 +149,11 @@ def test_a_state_of_other_options_is_refused_in_one_line(trunk_class, options):
     with pytest.raises(ValueError, match="begin from this trunk's initial_state") as caught:
         trunk(torch.randn(2, 3, 4), other.initial_state(2), never(2, 3))
     assert "\n" not in str(caught.value)
+
+
+@every_trunk
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_state_of_another_number_of_rows_is_refused(trunk_class, rows):
+    trunk = trunk_class(4, d_model=8, n_layers=2, memory=5)
+    with pytest.raises(ValueError, match="another number of rows"):
+        trunk(torch.randn(2, 3, 4), trunk.initial_state(rows), never(2, 3))
