@@ -13,7 +13,7 @@ Shapes: B rows, T time steps, F input features, D = d_model, L layers, E experts
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lit_rl_ssm.blocks import require_sizes, resets_by
@@ -87,7 +87,7 @@ class Jamba(Trunk):
 
     In training, a pass with gradients through experts sets `auxiliary_loss` and `metrics`: each expert's
     share of a layer's assignments, ``expert_usage/layer1_expert0`` and so on, which sum to 1 over a layer.
-    Any other pass sets `auxiliary_loss` to None and leaves `metrics` as they are.
+    Any other pass sets `auxiliary_loss` to None and leaves `metrics` as they are. Copies begin with None.
     """
 
     def __init__(
@@ -120,6 +120,10 @@ class Jamba(Trunk):
                 raise ValueError(f"{name} must be at least 0, not {number}")
         if mamba not in ("mamba", "mamba2"):
             raise ValueError(f"mamba must be one of mamba, mamba2, not {mamba!r}")
+        if moe_layers is not None and not experts:
+            raise ValueError(
+                f"moe_layers is {moe_layers} but experts is 0: give the number of experts, or leave it out"
+            )
         resets = resets_by(reset)
         letters = spell_layers(pattern, n_layers)
         super().__init__(in_features, out_features=d_model)
@@ -168,6 +172,10 @@ class Jamba(Trunk):
                 key = f"{kinds[letters[layer]][0]}_{leaf}"
                 self._entries.setdefault(key, (leaf, []))[1].append(layer)
         self._state_shapes = {key: leaf.shape[1:] for key, leaf in self.initial_state(1).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: not the last pass's loss, whose graph neither can take along."""
+        return {**self.__dict__, "auxiliary_loss": None}
 
     def initial_state(self, batch_size: int) -> TensorDict:
         return TensorDict(self._stacked(self._initial_memories(batch_size)), batch_size=[batch_size])

@@ -1,5 +1,7 @@
 """The trunk `jamba` keeps lit_rl's contract for any ratio and order of layers, and balances its experts."""
 
+import copy
+
 import pytest
 import torch
 from lit_rl_jamba.jamba import Jamba
@@ -134,6 +136,19 @@ def test_balance_is_summed_over_layers_times_its_coefficient():
     torch.testing.assert_close(trunk.auxiliary_loss, torch.tensor(2 * 0.5))
 
 
+def test_a_copy_after_a_training_pass_computes_the_same():
+    """The loss of that pass stays behind: its graph cannot be copied."""
+    torch.manual_seed(0)
+    trunk = Jamba(5, **TINY, experts=4)
+    given = run(trunk, 30)
+    y_BTD, _ = trunk(*given)
+    copied = copy.deepcopy(trunk)
+    assert trunk.auxiliary_loss.requires_grad
+    assert copied.auxiliary_loss is None
+    torch.testing.assert_close(copied(*given)[0], y_BTD, rtol=0, atol=0)
+    torch.testing.assert_close(copied.auxiliary_loss, trunk.auxiliary_loss, rtol=0, atol=0)
+
+
 def test_no_auxiliary_loss_without_experts_or_outside_training():
     trunk = Jamba(5, **TINY)
     trunk(*run(trunk, 4))
@@ -212,6 +227,7 @@ def test_maps_are_causal_and_stop_at_resets(mamba):
         ({"experts": 1}, "top_k must be from 1 to the number of experts, 1, not 2"),
         ({"experts": 4, "moe_every": 9}, "moe_every=9 reaches none of the 4 layers"),
         ({"experts": 4, "moe_every": 0}, "moe_every must be at least 1"),
+        ({"moe_layers": [1]}, r"moe_layers is \[1\] but experts is 0"),
         ({"experts": 4, "moe_layers": [4]}, "moe_layers must name some of the layers 0 to 3"),
         ({"balance_coef": -0.1}, "balance_coef must be at least 0"),
         ({"balance_coef": float("nan")}, "balance_coef must be at least 0"),

@@ -17,6 +17,8 @@ Shapes: B rows, T time steps, D = d_model, ``...`` any dimensions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -73,6 +75,8 @@ class GTrXL(AttentionTrunk):
         d_ff: int | None = None,
         gate_bias: float = 2.0,
     ) -> None:
+        if not math.isfinite(gate_bias):
+            raise ValueError(f"gate_bias must be a finite number, not {gate_bias}")
         layers = [
             GatedLayer(RelativeAttention(d_model, n_heads=n_heads, memory=memory), d_ff, gate_bias)
             for _ in range(n_layers)

@@ -56,3 +56,9 @@ def test_the_bias_of_the_gates_sets_how_near_the_identity_it_begins():
     ungated, by_default, shut = deviations
     assert by_default < 0.5 * ungated
     assert shut < 1e-6
+
+
+@pytest.mark.parametrize("gate_bias", [math.nan, math.inf])
+def test_a_bias_that_is_no_number_is_refused(gate_bias):
+    with pytest.raises(ValueError, match="gate_bias must be a finite number, not"):
+        GTrXL(4, d_model=8, gate_bias=gate_bias)
