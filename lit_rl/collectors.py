@@ -151,7 +151,6 @@ class RolloutCollector(BaseCollector):
         values_can_wait = self.policy.values_can_wait
 
         states: list[TensorDict] = []
-        actions: list[Tensor] = []
         params: list[Tensor] = []
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
@@ -170,7 +169,7 @@ class RolloutCollector(BaseCollector):
                     noise=noises[t],
                 )
                 self._state = step.state
-                actions.append(step.action)
+                self._action[:, t] = step.action.cpu().numpy()  # now: an environment may change what it gets
                 params.append(step.params)
                 if step.value is not None:
                     value[:, t] = step.value.cpu().numpy()
@@ -193,8 +192,7 @@ class RolloutCollector(BaseCollector):
                     self._close_episodes(t, info)
 
             # Of the distributions that acted, only worked out for all steps at once.
-            action = torch.stack(actions, dim=1)
-            self._action[:] = action.cpu().numpy()
+            action = to_tensor(self._action, self.device)
             log_prob = self.policy.policy.log_prob(torch.stack(params, dim=1), action)
             self._float[keys.LOG_PROB][:] = log_prob.cpu().numpy()
             if values_can_wait:

@@ -1,7 +1,8 @@
 """Policy-gradient losses: pure functions of tensors, means over every entry they are given.
 
-`ppo_loss` is what PPO descends. Its gradient is written out, because autograd would keep and visit fourteen
-small tensors where one step of the chain rule is enough; `clipped_surrogate` and `value_loss` are its terms.
+`ppo_loss` is what PPO descends. Its gradient is written out, because autograd would keep and visit a dozen
+small tensors where one step of the chain rule is enough. `clipped_surrogate` and `value_loss` are its terms:
+who changes one of them changes `_PPOLoss.backward` with it.
 
 Shapes: ``...`` is the same for all entries of a loss, n of them in all.
 """

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensordict import TensorDict
@@ -46,6 +47,7 @@ class LitAgent(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check_precision(self.trainer.precision)
+        self.check_strategy(self.trainer.strategy)
 
     def check_precision(self, precision: str) -> None:
         """Raises `UserError` for a precision of the Trainer under which ratios would not be 1."""
@@ -53,6 +55,14 @@ class LitAgent(L.LightningModule):
             raise UserError(
                 f"precision {precision} is not supported: use 32-true or bf16-mixed (heads and "
                 "losses need float32, and there is no loss scaling)"
+            )
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Raises `UserError` for a strategy of the Trainer whose processes do not hold all parameters."""
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"strategy {type(strategy).__name__} is not supported: use auto or ddp (each process needs all "
+                "parameters and gradients)"
             )
 
     @property
@@ -70,7 +80,7 @@ class LitAgent(L.LightningModule):
     def log_frames(self, metrics: dict[str, float]) -> None:
         """One record at the current frame count in every logger."""
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger) and not logger._prefix:
                 write_scalars(logger, metrics, self.frames)
             else:
                 logger.log_metrics(metrics, step=self.frames)
@@ -148,7 +158,7 @@ class LitAgent(L.LightningModule):
 
 @rank_zero_only
 def write_scalars(logger: TensorBoardLogger, metrics: dict[str, float], step: int) -> None:
-    """All scalars in one event; the logger's own way is an event for each, at several times the cost."""
+    """All scalars in one event; the logger's own way is an event for each, which takes longer."""
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
     logger.experiment.file_writer.add_summary(Summary(value=values), step)
 

@@ -18,6 +18,10 @@ def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
     Returns:
         the norm before clipping; where it is not finite, gradients are left as they are.
     """
+    if world_size() > 1:  # processes may differ in which parameters they used
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     if world_size() > 1:
@@ -31,11 +35,14 @@ def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 
 @torch.no_grad()
-def fused_adam_step(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` of a `torch.optim.Adam` with ``fused=True``, but for what surrounds its kernel.
+def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``; of a plain fused `torch.optim.Adam` the kernel without what surrounds it.
 
-    That costs more than the kernel where networks are small.
+    That costs more than the kernel where networks are small. Hooks on such an Adam's step are not called.
     """
+    if not _is_plain_fused_adam(optimizer):
+        optimizer.step()
+        return
     groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
     if not all(parameter in optimizer.state for _, parameters in groups for parameter in parameters):
         optimizer.step()  # makes the state
@@ -62,3 +69,10 @@ def fused_adam_step(optimizer: torch.optim.Optimizer) -> None:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _is_plain_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.Adam and all(
+        group["fused"] and not (group["amsgrad"] or group["maximize"] or group["decoupled_weight_decay"])
+        for group in optimizer.param_groups
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_rl.errors import UserError
 
 Points = list[tuple[int, float]]  # environment frames, value
 
@@ -36,10 +39,10 @@ class Run:
     def read(cls, folder: Path, metric: str) -> Run:
         """From ``logs/NAME/version_N``."""
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        evaluation, training = (
-            [(event.step, event.value) for event in events.Scalars(f"{kind}/{metric}")]
-            for kind in ("val", "episode")
-        )
+        tags = [f"{kind}/{metric}" for kind in ("val", "episode")]
+        if not set(tags) <= set(events.Tags()["scalars"]):
+            raise UserError(f"{folder} has no {' and '.join(tags)}: choose another --metric or run")
+        evaluation, training = ([(event.step, event.value) for event in events.Scalars(tag)] for tag in tags)
         seed = yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"]
         return cls(folder.parent.name, seed, evaluation, training)
 
@@ -97,20 +100,30 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def read_runs(folders: Sequence[Path], metric: str) -> list[Run]:
+    """All runs ``folder/version_N``, by name and seed; raises `UserError` where a folder has none."""
+    runs = []
+    for folder in folders:
+        configs = list(folder.glob("*/config.yaml"))
+        if not configs:
+            raise UserError(
+                f"{folder} holds no runs: name folders logs/NAME with version_N/config.yaml in them"
+            )
+        runs += [Run.read(config.parent, metric) for config in configs]
+    return sorted(runs, key=lambda run: (run.name, run.seed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs of several seeds as one curve and one table.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, logs/NAME")
     parser.add_argument("--metric", choices=["return", "success"], default="return")
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    runs = sorted(
-        (
-            Run.read(config.parent, arguments.metric)
-            for folder in arguments.runs
-            for config in folder.glob("*/config.yaml")
-        ),
-        key=lambda run: (run.name, run.seed),
-    )
+    arguments = parser.parse_args(argv)
+    try:
+        runs = read_runs(arguments.runs, arguments.metric)
+    except UserError as error:
+        print(f"curves: error: {error}", file=sys.stderr)
+        return 2
     digits = 2 if arguments.metric == "success" else 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "curve.csv").open("w", newline="") as file:
@@ -124,7 +137,8 @@ def main() -> None:
                 )
     draw(runs, arguments.metric, arguments.out / "curve.png")
     print(table(runs, digits), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

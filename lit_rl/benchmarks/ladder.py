@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -241,17 +242,22 @@ def run(
     print(f"\n{markdown(table(climbs))}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The memory ladder for any trunks: no peers are added.")
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--k", type=int, nargs="+", choices=[rung.delay for rung in RUNGS], help="rungs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="where all runs are kept")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rungs = [rung for rung in RUNGS if arguments.k is None or rung.delay in arguments.k]
-    named = [Contender.named(name).with_usual(d_model=D_MODEL) for name in arguments.names]
-    run(named, rungs=rungs, seed=arguments.seed, csv=arguments.csv)
+    try:
+        named = [Contender.named(name).with_usual(d_model=D_MODEL) for name in arguments.names]
+        run(named, rungs=rungs, seed=arguments.seed, csv=arguments.csv)
+    except UserError as error:
+        print(f"ladder: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -207,3 +207,5 @@ def check_csv(path: Path | None) -> None:
     """Raises `UserError` where a table could not be kept, before the work is done rather than after."""
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--csv {path}: there is no folder {path.parent}; make it or choose another")
+    if path is not None and path.is_dir():
+        raise UserError(f"--csv {path} is a folder: name a file in it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from lit_rl.benchmarks.measure import Contender, check_csv, markdown, state_bytes, write_csv
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError
 from lit_rl.models.agent import ActorCritic
 
 NUM_ENVS, ROLLOUT_LENGTH, ROLLOUTS = 8, 128, 3
@@ -48,37 +50,42 @@ def rise(contender: Contender) -> int:
 
 
 def in_a_process(name: str) -> int:
+    """What `rise` tells of a trunk in a process of its own."""
     command = [sys.executable, "-m", "lit_rl.benchmarks.rollout_memory", name, "--only"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", default=DEFAULT, metavar="NAMES")
     parser.add_argument("--only", action="store_true", help="in this process: print the bytes of one trunk")
     parser.add_argument("--csv", type=Path, help="where the table is kept")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    check_csv(arguments.csv)
-    trunks = [Contender.named(name).with_usual(**USUAL) for name in arguments.names]
+    try:
+        check_csv(arguments.csv)
+        trunks = [Contender.named(name).with_usual(**USUAL) for name in arguments.names]
+        state_sizes = [state_bytes(contender.build(4)) for contender in trunks]
+    except UserError as error:
+        print(f"rollout_memory: error: {error}", file=sys.stderr)
+        return 2
     if arguments.only:
         print(rise(trunks[0]))
-        return
-    rows = []
-    for contender in trunks:
-        one_state = state_bytes(contender.build(4))
-        rows.append(
-            {
-                "trunk": contender.name,
-                "rollout MB": round(in_a_process(contender.name) / 1e6, 1),
-                "state MB, all environments": round(NUM_ENVS * one_state / 1e6, 1),
-            }
-        )
+        return 0
+    rows = [
+        {
+            "trunk": contender.name,
+            "rollout MB": round(in_a_process(contender.name) / 1e6, 1),
+            "state MB, all environments": round(NUM_ENVS * one_state / 1e6, 1),
+        }
+        for contender, one_state in zip(trunks, state_sizes, strict=True)
+    ]
     print(markdown(rows))
     if arguments.csv is not None:
         write_csv(arguments.csv, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

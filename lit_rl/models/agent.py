@@ -39,7 +39,7 @@ class Action(NamedTuple):
 
 
 def leaves_no_graph(method: Callable[P, R]) -> Callable[P, R]:
-    """As `torch.no_grad`, which costs a tenth of an acting step, where that is not in force already."""
+    """As `torch.no_grad`, but for its cost where gradients are off already."""
 
     @wraps(method)
     def without_gradients(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -195,6 +195,13 @@ class ActorCritic(nn.Module):
         """The sum of what the trunks ask for beside the algorithm's loss; None if nothing."""
         losses = [trunk.auxiliary_loss for trunk in self.trunks() if trunk.auxiliary_loss is not None]
         return torch.stack(losses).sum() if losses else None
+
+    def trunk_metrics(self) -> dict[str, Tensor]:
+        """What the trunks measured in their last pass; the value's own trunk under ``value/``."""
+        metrics = dict(self.trunk.metrics)
+        if self.value_trunk is not None:
+            metrics |= {f"value/{name}": value for name, value in self.value_trunk.metrics.items()}
+        return metrics
 
     def update_normalization(self, observation: Observation) -> None:
         """Merges observations ``[N, T, ...]`` into the running statistics."""

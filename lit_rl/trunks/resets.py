@@ -30,7 +30,7 @@ class StretchedRows:
     """Where the T real steps of each row stand among the K stretched ones, and the flags of the others.
 
     `at` ``[B * T]`` counts over all rows: copies and selections of whole steps, whose gradients are such
-    themselves, cost half of what indexing by row and step does.
+    themselves, are quicker than indexing by row and step.
     """
 
     at: Tensor

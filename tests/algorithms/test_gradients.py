@@ -1,12 +1,13 @@
 """From gradients to new weights, held to torch's own clipping and Adam."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from lit_rl.algorithms.gradients import average_and_clip, fused_adam_step
+from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
 
 torch.set_num_threads(1)
 
@@ -35,7 +36,7 @@ def test_the_kernel_alone_takes_adams_steps() -> None:
             # At first the first layer, then the last one has no gradient.
             features = module[0](x).detach() if step < 2 else module[0](x)
             (features if step == 4 else module[2](features.tanh())).square().sum().backward()
-        fused_adam_step(optimizers[0])
+        optimizer_step(optimizers[0])
         optimizers[1].step()
         for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(mine, reference, rtol=0, atol=0)
@@ -62,3 +63,27 @@ def test_a_gradient_that_is_not_finite_is_left_alone() -> None:
     assert not torch.isfinite(torch.tensor(average_and_clip(module.parameters(), 0.5)))
     for parameter, was in zip(module.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.grad, was, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.1, fused=True),
+        lambda parameters: torch.optim.Adam(parameters, amsgrad=True, fused=True),
+        lambda parameters: torch.optim.Adam(parameters, weight_decay=0.1, fused=True),
+        lambda parameters: torch.optim.Adam(parameters),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    ],
+    ids=["AdamW", "amsgrad", "weight_decay", "Adam", "SGD"],
+)
+def test_any_optimizer_takes_its_own_step(make: Callable[..., torch.optim.Optimizer]) -> None:
+    ours, theirs = net(0), net(0)
+    optimizers = make(ours.parameters()), make(theirs.parameters())
+    for _ in range(4):
+        for module in (ours, theirs):
+            module.zero_grad()
+            module(torch.ones(2, 3)).square().sum().backward()
+        optimizer_step(optimizers[0])
+        optimizers[1].step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import counter, installed_trunks, make_trainer, parameters, ppo, train, walk
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -323,6 +324,13 @@ def test_what_a_trunk_measures_is_logged(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # ------------------------------------------------------------------ guards
+
+
+def test_strategies_that_split_parameters_are_refused() -> None:
+    model = ppo(walk())
+    model.check_strategy(DDPStrategy())
+    with pytest.raises(UserError, match="strategy FSDPStrategy is not supported: use auto or ddp"):
+        model.check_strategy(FSDPStrategy())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Runs as a table, a picture and numbers."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,13 @@ def fake_run(folder: Path, seed: int, final: float) -> None:
         writer.add_scalar("val/success", final, 1000)
 
 
-def test_seeds_of_two_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_seeds_of_two_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fake_run(tmp_path / "one" / "version_1", 2, 1.0)
     fake_run(tmp_path / "one" / "version_0", 1, 0.5)
     fake_run(tmp_path / "two" / "version_0", 1, 0.25)
     folders = [str(tmp_path / name) for name in ("one", "two")]
     arguments = [*folders, "--metric", "success", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["curves", *arguments])
-    curves.main()
+    assert curves.main(arguments) == 0
     # Training succeeds in its last tenth alone.
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| one | 1 | 0.50 | 1.00 |",
@@ -42,3 +38,13 @@ def test_seeds_of_two_names(
         "0.1", "0.5", "0.1", "1.0", "0.1", "0.25",
     ]  # fmt: skip
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fake_run(tmp_path / "one" / "version_0", 1, 0.5)
+    for arguments in ([str(tmp_path / "one")], [str(tmp_path), "--metric", "success"]):
+        assert curves.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "no val/return and episode/return" in lines[0]
+    assert "holds no runs" in lines[1]
+    assert not (tmp_path / "out").exists()

@@ -174,6 +174,7 @@ def test_options_that_the_environment_does_not_have(refused_fit, options, messag
         ("--trainer.max_epochs=x", "trainer.max_epochs takes int or null, not x"),
         ("--trainer.accelerator=x", "invalid accelerator name"),
         ("--trainer.precision=64-true", "precision 64-true is not supported: use 32-true or bf16-mixed"),
+        ("--trainer.strategy=fsdp", "strategy `fsdp` requires a GPU"),
         ("--episodes=x", "episodes takes int, not x"),
         ("--greedy=x", "greedy takes bool, not x"),
         ("--seed_everything=x", "seed_everything takes int, not x"),
