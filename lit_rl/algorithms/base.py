@@ -61,8 +61,8 @@ class LitAgent(L.LightningModule):
         """Raises `UserError` for a strategy of the Trainer whose processes do not hold all parameters."""
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
-                f"strategy {type(strategy).__name__} is not supported: use auto or ddp (each process needs all "
-                "parameters and gradients)"
+                f"strategy {type(strategy).__name__} is not supported: use auto or ddp (each process needs "
+                "all parameters and gradients)"
             )
 
     @property
