@@ -25,7 +25,7 @@ from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.states import entry
 
 # On the CPU a long sequence runs in pieces whose tensors ``[B, T, channels]`` have at most about this many
-# numbers: larger ones are mapped into memory anew for every operation, which costs as much as the operation.
+# numbers: larger ones are mapped into memory anew for every operation, which costs time of its own.
 PIECE = 2**20
 
 Layer = Callable[[Tensor, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]

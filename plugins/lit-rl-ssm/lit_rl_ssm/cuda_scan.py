@@ -6,8 +6,8 @@ sequence, in steps of its own and in step sizes:
 - N steps before the first carry the initial state in: step n writes h[e, n] = dt B u with dt = 2^-60, so that
   exp(dt A) is 1 to the last bit, u = 2^60 h[e, n] and B = 1 at n.
 - At a reset K is added to dt and u is scaled by dt / (dt + K), so that dt B u stays as it is while
-  exp((dt + K) A) < e^-104 is zero in float32. K = 104 / min|A|, as small as it can be: the kernel finds
-  exp(dt A) h_{t-1} by subtraction, and the gradient of A gets that rounding K times.
+  exp((dt + K) A) < e^-104 is zero in float32. K = 104 / min|A| over the channel's states, as small as it can
+  be: the kernel finds exp(dt A) h_{t-1} by subtraction, and the gradient of A gets that rounding K times.
 - N steps after the last, with dt = 0, read the last state out: C = 1 at n. (The kernel can return the last
   state too, but no gradient comes back through that.)
 
@@ -32,7 +32,7 @@ INSTANT = 2.0**-60
 
 
 def cuda_scan(
-    kernel: Function,
+    kernel: Function | None,
     u_BTE: Tensor,
     dt_BTE: Tensor,
     A_EN: Tensor,
@@ -41,13 +41,9 @@ def cuda_scan(
     h_BEN: Tensor,
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See `selective_scan.selective_scan`; ValueError on tensors that the kernel does not take."""
-    if not runs_on(u_BTE):
-        raise ValueError(
-            f"the CUDA kernel does not take {u_BTE.dtype} on {u_BTE.device}: move the trunk and its inputs "
-            "to a CUDA device in float32, or choose backend 'auto'"
-        )
-    if u_BTE.shape[1] == 1:  # acting: 2N + 1 steps would be waste
+    """See `selective_scan.selective_scan`; by `torch_scan` where no kernel takes these tensors."""
+    # Acting, T = 1: 2N + 1 steps would be waste.
+    if kernel is None or not runs_on(u_BTE) or u_BTE.shape[1] == 1:
         return torch_scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
     return scan_with(kernel, u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
 
@@ -68,8 +64,8 @@ def scan_with(
     """
     rows, steps, _ = u_BTE.shape
     d_state = A_EN.shape[1]
-    K = LOG_OF_NOTHING / A_EN.detach().abs().min()
-    longer_BTE = dt_BTE + K * is_init_BT[:, :, None]
+    K_E = LOG_OF_NOTHING / A_EN.detach().abs().amin(dim=1)
+    longer_BTE = dt_BTE + K_E * is_init_BT[:, :, None]
     scaled_BTE = u_BTE * (dt_BTE / longer_BTE)
 
     nothing_BEN = torch.zeros_like(h_BEN)

@@ -1,9 +1,12 @@
 """CUDA kernels of optional packages: which are there, and the ways through those that Mamba-2 uses.
 
 A kernel is looked for by itself, since the packages install apart and one may be broken while another works.
+Backend "cuda" demands kernels where a layer is built. What they cannot take when it runs, tensors on the CPU
+or in float64, and what would be waste, a single step, goes through tensor operations all the same.
 
-The two functions at the end have not run on a GPU yet: they are written after the signatures and the meaning
-that mamba_ssm 2.3 and causal_conv1d 1.7 publish, and checked on the CPU with stand-ins.
+`chunk_scan_by_kernel` and `convolution_by_kernel` have not run on a GPU yet: they are written after the
+signatures and the meaning that mamba_ssm 2.3 and causal_conv1d 1.7 publish, and checked on the CPU with
+stand-ins.
 
 Shapes: B rows, T time steps, H heads, P = headdim, N = d_state; of the convolution D channels, W taps,
 S = W - 1 + T.
@@ -48,6 +51,11 @@ class Kernel:
         """The function, or ImportError with one line that says what is missing and how to get it."""
         if find_spec(self.package) is None:
             raise ImportError(f"{self.name} needs the package {self.package}, not installed here: {INSTALL}")
+        if not torch.cuda.is_available():
+            raise ImportError(
+                f"{self.name} needs a CUDA device and a torch built for it, and torch.cuda.is_available() "
+                "is false: choose backend auto or torch"
+            )
         # Triton multiplies float32 with 10 bits of mantissa unless told otherwise before a kernel compiles;
         # then learning and acting would disagree. A choice already made stands.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -87,7 +95,7 @@ def kernel_for(kernel: Kernel, backend: str) -> Function | None:
 
     Raises:
         ValueError: no such backend.
-        ImportError: the backend is "cuda" and the kernel is not there.
+        ImportError: the backend is "cuda" and the kernel is not there, or no CUDA device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")

@@ -23,15 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softplus
 
-from lit_rl_ssm.blocks import ResidualTrunk, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
+from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
 from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
-
-# On the CPU a long sequence runs in pieces whose tensors ``[B, T, E]`` have at most about this many numbers:
-# larger ones are mapped into memory anew for every operation, which costs as much as the operation.
-PIECE = 2**20
 
 
 class MambaMixer(nn.Module):
@@ -43,7 +40,8 @@ class MambaMixer(nn.Module):
         d_conv: W, taps of the convolution.
         expand: channels E as a multiple of D.
         dt_rank: R, width of the bottleneck that the step sizes come from; "auto" is D / 16 rounded up.
-        backend: see `selective_scan.scan_by`.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
+            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
 
     State: "conv" ``[B, E, W-1]``, the last inputs of the convolution, and "ssm" ``[B, E, N]``.
     """
@@ -59,10 +57,13 @@ class MambaMixer(nn.Module):
         backend: Literal["auto", "torch", "cuda"] = "auto",
     ) -> None:
         super().__init__()
+        if isinstance(dt_rank, str) and dt_rank != "auto":
+            raise ValueError(f"dt_rank must be auto or a number, not {dt_rank!r}")
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
         self.d_model = d_model
         self.scan = scan_by(backend)
+        self.convolution_kernel = kernel_for(CAUSAL_CONVOLUTION, backend)
         channels = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
@@ -87,15 +88,7 @@ class MambaMixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        B, T, _ = x_BTD.shape
-        steps = max(1, PIECE // (B * self.D.shape[0])) if x_BTD.is_cpu else T
-        if steps >= T:
-            return self._piece(x_BTD, state, is_init_BT)
-        outputs = []
-        for x_BtD, is_init_Bt in zip(x_BTD.split(steps, dim=1), is_init_BT.split(steps, dim=1), strict=True):
-            y_BtD, state = self._piece(x_BtD, state, is_init_Bt)
-            outputs.append(y_BtD)
-        return torch.cat(outputs, dim=1), state
+        return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
 
     def _piece(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
@@ -122,7 +115,12 @@ class MambaMixer(nn.Module):
         x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
         # Autocast rounds the products; what memories are made of keeps the parameters' precision.
         x_BTE, conv_BEP = causal_convolution(
-            x_BTE.to(self.A_log.dtype), self.conv1d.weight[:, 0], self.conv1d.bias, state["conv"], is_init_BT
+            x_BTE.to(self.A_log.dtype),
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            state["conv"],
+            is_init_BT,
+            kernel=self.convolution_kernel,
         )
         return silu(x_BTE), z_BTE, conv_BEP
 
@@ -145,10 +143,11 @@ class Mamba(ResidualTrunk):
         d_state: states a channel.
         d_conv: taps of the causal convolution.
         expand: channels of a layer as a multiple of `d_model`.
+        dt_rank: width of the bottleneck that the step sizes come from; "auto" is d_model / 16 rounded up.
         reset: "strict" clears the memory where `is_init` says so; "leaky" never does, so that episodes run
             into one another, as in published Mamba agents (to compare with, not to use).
-        backend: "auto" takes the fastest scan there is; "torch" tensor operations alone; "cuda" mamba_ssm's
-            kernel, or an error.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
+            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
     """
 
     def __init__(
@@ -160,10 +159,17 @@ class Mamba(ResidualTrunk):
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
         reset: Literal["strict", "leaky"] = "strict",
         backend: Literal["auto", "torch", "cuda"] = "auto",
     ) -> None:
         make_mixer = partial(
-            MambaMixer, d_model, d_state=d_state, d_conv=d_conv, expand=expand, backend=backend
+            MambaMixer,
+            d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            backend=backend,
         )
         super().__init__(in_features, make_mixer, n_layers=n_layers, reset=reset)

@@ -54,8 +54,9 @@ class Mamba2Mixer(nn.Module):
         expand: channels E as a multiple of D.
         headdim: P, channels of a head; divides E.
         chunk_size: steps that tensor operations treat as one matrix; speed and memory only.
-        backend: "auto" takes mamba_ssm's kernel for tensors on CUDA where it is installed, "torch" tensor
-            operations alone, "cuda" the kernel or an error.
+        backend: "auto" takes kernels for tensors on CUDA where they are installed; "torch" tensor operations
+            alone; "cuda" demands the kernels: tensors that they cannot take, on the CPU or in float64, go the
+            torch way.
 
     State: "conv" ``[B, E + 2N, W-1]``, the last inputs of the convolution, and "ssm" ``[B, H, P, N]``.
     """
@@ -173,8 +174,9 @@ class Mamba2(ResidualTrunk):
         chunk_size: steps that tensor operations treat as one matrix; speed and memory only.
         reset: "strict" clears the memory where `is_init` says so; "leaky" never does, so that episodes run
             into one another, as in published Mamba agents (to compare with, not to use).
-        backend: "auto" takes mamba_ssm's kernel for tensors on CUDA where it is installed; "torch" tensor
-            operations alone; "cuda" the kernel, or an error.
+        backend: "auto" takes kernels for tensors on CUDA where they are installed; "torch" tensor operations
+            alone; "cuda" demands the kernels: tensors that they cannot take, on the CPU or in float64, go the
+            torch way.
     """
 
     def __init__(

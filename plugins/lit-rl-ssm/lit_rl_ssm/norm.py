@@ -1,9 +1,9 @@
-"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) at half of torch's cost on the CPU.
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with its gradient by hand on the CPU.
 
     y = x / sqrt(mean(x^2) + eps) * weight
 
-torch composes it of small operations on the CPU and leaves the gradient to autograd. Elsewhere torch has a
-kernel, which is used.
+torch composes it of small operations on the CPU and leaves the gradient to autograd, which takes more of them
+and keeps more tensors. Elsewhere torch has a kernel, which is used.
 
 Shapes: x ``[..., D]``.
 """

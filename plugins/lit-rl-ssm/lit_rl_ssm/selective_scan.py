@@ -7,7 +7,8 @@ hold), B by Euler's rule, as in the paper's code. A reset at t makes exp(dt_t A)
 starts from nothing. The skip D u needs no memory; it is left to the caller.
 
 Three ways lead to the same numbers: `compiled_scan` (numba) on the CPU; `cuda_scan` on mamba_ssm's CUDA
-kernel; `torch_scan`, which runs anywhere. None unrolls T steps into the autograd graph.
+kernel; `torch_scan`, which runs anywhere and takes over what the kernel cannot. None unrolls T steps into the
+autograd graph.
 
 Shapes: B rows, T time steps, E channels (mamba's d_inner), N = d_state.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lit_rl_ssm.compiled_scan import compiled_scan
 from lit_rl_ssm.cuda_scan import cuda_scan
-from lit_rl_ssm.kernels import SELECTIVE_SCAN, Function, runs_on
+from lit_rl_ssm.kernels import SELECTIVE_SCAN, Function, kernel_for
 from lit_rl_ssm.torch_scan import torch_scan
 
 # (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT) -> (y_BTE, h_BEN)
@@ -72,29 +73,22 @@ def automatic_scan(
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The fastest scan that these tensors allow; `kernel` is mamba_ssm's, if there is one."""
-    scan: Scan = compiled_scan if u_BTE.is_cpu else torch_scan
-    if kernel is not None and runs_on(u_BTE):
-        scan = partial(cuda_scan, kernel)
+    scan: Scan = compiled_scan if u_BTE.is_cpu else partial(cuda_scan, kernel)
     return scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
 
 
-BACKENDS: dict[str, Callable[[], Scan]] = {
-    "auto": lambda: partial(automatic_scan, SELECTIVE_SCAN.find()),
-    "torch": lambda: torch_scan,
-    "cuda": lambda: partial(cuda_scan, SELECTIVE_SCAN.require()),
+# Of each of `kernels.BACKENDS`, given the kernel that it found.
+SCANS: dict[str, Callable[[Function | None], Scan]] = {
+    "auto": lambda kernel: partial(automatic_scan, kernel),
+    "torch": lambda kernel: torch_scan,
+    "cuda": lambda kernel: partial(cuda_scan, kernel),
 }
 
 
 def scan_by(backend: str) -> Scan:
-    """The scan of a layer built with `backend`.
-
-    Raises:
-        ValueError: no such backend.
-        ImportError: the backend is "cuda" and the kernel is not there.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    return BACKENDS[backend]()
+    """The scan of a layer built with `backend`; raises what `kernels.kernel_for` raises."""
+    kernel = kernel_for(SELECTIVE_SCAN, backend)
+    return SCANS[backend](kernel)
 
 
 @torch.no_grad()

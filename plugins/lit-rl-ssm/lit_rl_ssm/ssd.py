@@ -16,7 +16,7 @@ A reset cuts every path across it. Three masks of zeros and ones do that: on W's
 share, and on the decays from the chunk's start and to its end. Exponents are sums of the terms in between,
 never differences of longer sums, so they are at most 0, exact also for fast decays, and never infinite.
 
-Gradients are written out by hand (`_SSD`): autograd would keep and visit several times as many tensors.
+Gradients are written out by hand (`_SSD`): autograd would keep and visit many more tensors.
 
 Shapes: B rows, T time steps, H heads, P = headdim, N = d_state, L steps of a chunk, K = B * (T / L) chunks,
 Q = H * P. The matrices B and C of the paper, which all heads share, are `B_BTN` and `C_BTN`.

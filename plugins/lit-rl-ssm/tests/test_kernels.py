@@ -1,4 +1,4 @@
-"""Optional CUDA kernels: how they are found, and what Mamba-2 gives them, on the CPU with stand-ins.
+"""Optional CUDA kernels: how they are found, and what Mamba and Mamba-2 give them, on the CPU with stand-ins.
 
 Shapes: B rows, T time steps, H heads, P = headdim, N = d_state; D channels, W taps, S = W - 1 + T.
 """
@@ -9,8 +9,9 @@ import warnings
 
 import pytest
 import torch
-from lit_rl_ssm import kernels
-from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, CHUNK_SCAN, Kernel
+from lit_rl_ssm import cuda_scan, kernels
+from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, CHUNK_SCAN, SELECTIVE_SCAN, Kernel
+from lit_rl_ssm.mamba import Mamba
 from lit_rl_ssm.mamba2 import Mamba2
 
 from lit_rl.testing.trunk_checks import contract
@@ -100,9 +101,21 @@ def causal_conv1d_fn(
     return torch.stack(outputs, dim=2)
 
 
+def selective_scan_fn(u, delta, A, B, C):
+    """What the published kernel means: channels first, no resets, from zero."""
+    h, outputs = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        h = torch.exp(delta[:, :, t, None] * A) * h + (delta * u)[:, :, t, None] * B[:, None, :, t]
+        outputs.append((h * C[:, None, :, t]).sum(dim=-1))
+    return torch.stack(outputs, dim=2)
+
+
+RUNS_ON = kernels.runs_on
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Both packages, as far as Mamba-2 asks for them, on a machine that seems to run them."""
+    """Both packages, as far as the Mambas ask for them, on a machine that seems to run them."""
     calls = []
 
     def counted(function):
@@ -112,7 +125,11 @@ def stand_ins(monkeypatch):
 
         return call
 
-    for kernel, function in ((CHUNK_SCAN, mamba_chunk_scan_combined), (CAUSAL_CONVOLUTION, causal_conv1d_fn)):
+    for kernel, function in (
+        (CHUNK_SCAN, mamba_chunk_scan_combined),
+        (SELECTIVE_SCAN, selective_scan_fn),
+        (CAUSAL_CONVOLUTION, causal_conv1d_fn),
+    ):
         parts = kernel.module.split(".")
         for depth in range(1, len(parts) + 1):
             name = ".".join(parts[:depth])
@@ -124,6 +141,7 @@ def stand_ins(monkeypatch):
     monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "runs_on", lambda x: True)
+    monkeypatch.setattr(cuda_scan, "runs_on", lambda x: kernels.runs_on(x))
     Kernel.find.cache_clear()
     yield calls
     Kernel.find.cache_clear()
@@ -143,6 +161,31 @@ def test_mamba2_by_kernels_is_mamba2(stand_ins, monkeypatch):
     monkeypatch.setattr(kernels, "episode_numbers", torch.zeros_like)
     with pytest.raises(AssertionError):
         contract.check_reset_starts_afresh(subject)
+
+
+def test_mamba_by_kernels_is_mamba(stand_ins):
+    subject = Subject(Mamba, {"d_model": 8, "d_state": 4, "backend": "cuda"})
+    for check in (
+        contract.check_values_agree,
+        contract.check_gradients_agree,
+        contract.check_reset_starts_afresh,
+        contract.check_no_leak_between_episodes,
+    ):
+        check(subject)
+    assert {"selective_scan_fn", "causal_conv1d_fn"} == set(stand_ins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("trunk_class", [Mamba, Mamba2])
+def test_backend_cuda_goes_the_torch_way_where_kernels_cannot(stand_ins, monkeypatch, trunk_class, dtype):
+    """On the CPU, as the references of checks on a GPU do."""
+    monkeypatch.setattr(kernels, "runs_on", RUNS_ON)
+    by_torch = trunk_class(5, d_model=16, backend="torch").to(dtype)
+    by_kernel = trunk_class(5, d_model=16, backend="cuda").to(dtype)
+    by_kernel.load_state_dict(by_torch.state_dict())
+    given = torch.randn(2, 9, 5, dtype=dtype), by_torch.initial_state(2), torch.rand(2, 9) < 0.2
+    torch.testing.assert_close(by_kernel(*given)[0], by_torch(*given)[0], rtol=0, atol=0)
+    assert not stand_ins
 
 
 @pytest.mark.parametrize(
@@ -186,7 +229,15 @@ def broken_package(tmp_path, monkeypatch):
     return Kernel("broken_package", "scan")
 
 
+def test_backend_cuda_without_a_device_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="scan needs a CUDA device") as error:
+        kernels.kernel_for(broken_package(tmp_path, monkeypatch), "cuda")
+    assert "\n" not in str(error.value)
+
+
 def test_a_broken_package_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ImportError, match=r"does not import \(No module named 'no_such_library'\)"):
         kernels.kernel_for(broken_package(tmp_path, monkeypatch), "cuda")
 

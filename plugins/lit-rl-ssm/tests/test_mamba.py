@@ -110,7 +110,7 @@ def disturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(("steps", "piece"), [(1, 19), (19, 19), (19, 18), (19, 5), (19, 1)])
 def test_mixer_equals_the_literal_block(monkeypatch, steps, piece, backend):
-    monkeypatch.setattr("lit_rl_ssm.mamba.PIECE", 3 * 20 * piece)
+    monkeypatch.setattr("lit_rl_ssm.blocks.PIECE", 3 * 20 * piece)
     torch.manual_seed(steps)
     mixer = disturbed(MambaMixer(10, d_state=5, dt_rank=2, backend=backend))
     x = torch.randn(3, steps, 10).double().requires_grad_()
@@ -151,6 +151,7 @@ def test_initial_values_are_those_of_mamba_ssm():
 
 def test_dt_rank_may_be_given():
     assert MambaMixer(32, dt_rank=5).dt_proj.weight.shape == (64, 5)
+    assert Mamba(3, d_model=32, dt_rank=5).layers[0].mixer.dt_proj.weight.shape == (64, 5)
 
 
 def test_name_leads_to_the_class():
@@ -231,9 +232,13 @@ def test_backend_cuda_without_its_package_is_refused_in_one_line():
     assert "\n" not in str(refusal.value)
 
 
-def test_bad_dt_rank_is_refused():
-    with pytest.raises(ValueError, match="dt_rank must be at least 1, not 0"):
-        MambaMixer(8, dt_rank=0)
+@pytest.mark.parametrize(
+    ("dt_rank", "line"),
+    [(0, "dt_rank must be at least 1, not 0"), ("low", "dt_rank must be auto or a number, not 'low'")],
+)
+def test_bad_dt_rank_is_refused(dt_rank, line):
+    with pytest.raises(ValueError, match=line):
+        Mamba(3, d_model=8, dt_rank=dt_rank)
 
 
 def test_state_of_another_shape_is_refused():

@@ -152,20 +152,23 @@ class OnCuda(Tensor):
         (None, Tensor, torch.float64, "compiled_scan"),
         (None, OnCuda, torch.float32, "torch_scan"),
         (kernel_stand_in, Tensor, torch.float32, "compiled_scan"),
-        (kernel_stand_in, OnCuda, torch.float32, "cuda_scan"),
+        (kernel_stand_in, OnCuda, torch.float32, "scan_with"),
         (kernel_stand_in, OnCuda, torch.float64, "torch_scan"),
     ],
 )
 def test_automatic_scan_takes_what_runs_there(monkeypatch, kernel, place, dtype, taken):
-    for name in ("compiled_scan", "torch_scan", "cuda_scan"):
-        monkeypatch.setattr(f"lit_rl_ssm.selective_scan.{name}", lambda *given, name=name: name)
+    for module, name in (
+        ("selective_scan", "compiled_scan"),
+        ("cuda_scan", "torch_scan"),
+        ("cuda_scan", "scan_with"),
+    ):
+        monkeypatch.setattr(f"lit_rl_ssm.{module}.{name}", lambda *given, name=name: name)
     u, *others = inputs(2, 0, dtype)
     assert automatic_scan(kernel, u.detach().as_subclass(place), *others) == taken
 
 
 def test_backend_auto_and_cuda_run_the_kernel_that_is_found(monkeypatch):
-    monkeypatch.setattr("lit_rl_ssm.kernels.Kernel.find", lambda kernel: kernel_stand_in)
-    monkeypatch.setattr("lit_rl_ssm.kernels.Kernel.require", lambda kernel: kernel_stand_in)
+    monkeypatch.setattr("lit_rl_ssm.selective_scan.kernel_for", lambda kernel, backend: kernel_stand_in)
     given = inputs(9, 0.2, torch.float32)
     expected = torch_scan(*given)
     there = [given[0].detach().as_subclass(OnCuda), *given[1:]]
@@ -173,8 +176,24 @@ def test_backend_auto_and_cuda_run_the_kernel_that_is_found(monkeypatch):
         for found, exact in zip(scan_by(backend)(*there), expected, strict=True):
             assert isinstance(found, OnCuda)
             torch.testing.assert_close(found.as_subclass(Tensor), exact, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"does not take torch.float32 on cpu: move the trunk"):
-        scan_by("cuda")(*given)
+
+
+def test_a_reset_lengthens_the_step_of_each_channel_by_what_that_channel_needs():
+    """A slow channel must not cost the others precision."""
+    u, dt, A, *others, is_init = inputs(9, 0.3, torch.float32)
+    A = A.detach().clone()
+    A[0] *= 1e-4
+    longest = []
+
+    def kernel(u, delta, *maps):
+        longest.append(delta.detach().amax(dim=(0, 2)))
+        return kernel_stand_in(u, delta, *maps)
+
+    scan_with(kernel, u, dt, A, *others, is_init)
+    exponent_E = longest[0] * A.abs().amin(dim=1)
+    needed_E = (dt.detach().amax(dim=(0, 1)) * A.abs().amin(dim=1)) + 104
+    assert (exponent_E >= 104).all()
+    assert (exponent_E <= needed_E * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
