@@ -176,14 +176,59 @@ def test_table_of_checks_and_costs(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     """On the CPU in place of a GPU."""
     trunks = [Contender(one.__name__.lower(), one) for one in (LSTM, Choice, Faulty, Refuses)]
     monkeypatch.setattr(gpu_check, "ROWS", (2,))
-    lstm, choice, faulty, refuses = gpu_check.check(trunks, "cpu", rounds=1)
-    assert [row["trunk"] for row in (lstm, choice, faulty)] == ["lstm", "choice backend=plain", "faulty"]
+    rows = gpu_check.check(trunks, "cpu", rounds=1)
+    lstm, choice, kernel, faulty, refuses = rows
+    assert [row["trunk"] for row in rows[:2]] == ["lstm", "choice backend=plain"]
+    assert kernel["trunk"] == "choice backend=kernel"
+    assert kernel["checks"].startswith("not checked: UserError")
+    assert "no module named kernels" in kernel["checks"]
+    assert list(kernel.values())[2:] == ["-"] * 4
     assert list(refuses.values()) == ["refuses", "0 passed, 1 failed", "-", "-", "-", "-"]
     assert list(lstm) == ["trunk", "checks", "B=2 ms", "B=2 / lstm", "B=2 MiB", "B=2 MiB / lstm"]
     assert lstm["B=2 / lstm"] == lstm["B=2 MiB / lstm"] == 1
     assert lstm["checks"] == choice["checks"] == "18 passed, 0 failed"
+    assert faulty["trunk"] == "faulty"
     assert not faulty["checks"].endswith(" 0 failed")
+    assert gpu_check.summary(rows) == ("2 right, 2 failed, 1 not checked", 1)
+    assert gpu_check.summary([lstm, choice, kernel]) == ("2 right, 0 failed, 1 not checked", 0)
     printed = capsys.readouterr().out
     assert "choice backend=kernel does not run here: UserError" in printed
     assert "no module named kernels" in printed
     assert "faulty: no leak between rows: " in printed
+
+
+class Large(MLP):
+    """Does not fit where more than two rows come."""
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        if x.shape[0] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x, state, is_init)
+
+
+@pytest.mark.parametrize(("large", "measured"), [("large", {"lstm"}), ("lstm", {"large"})])
+def test_costs_go_on_where_one_is_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, large: str, measured: set[str]
+) -> None:
+    """Also where it is the peer."""
+    monkeypatch.setattr(gpu_check, "ROWS", (2, 3))
+    names = ["large", "lstm"]
+    trunks = [Contender(name, Large if name == large else MLP) for name in names]
+    found = gpu_check.costs(trunks, [*names, "absent"], "cpu", rounds=1)
+    assert all(isinstance(found[name]["B=2 / lstm"], float) for name in names)
+    assert {name for name in found if found[name]["B=3 ms"] != "-"} == measured
+    assert (found[large]["B=3 / lstm"], found["absent"]["B=2 MiB"]) == ("-", "-")
+    assert f"{large}: no costs with B=3: OutOfMemoryError: out of memory" in capsys.readouterr().out
+
+
+def test_costs_are_measured_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    class Watched(MLP):
+        def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+            allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().forward(x, state, is_init)
+
+    monkeypatch.setattr(gpu_check, "ROWS", (2,))
+    gpu_check.costs([Contender("watched", Watched)], ["watched"], "cpu", rounds=1)
+    assert set(allowed) == {(False, False)}
