@@ -19,6 +19,7 @@ import torch
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.mamba import MambaMixer
 from lit_rl_ssm.mamba2 import Mamba2Mixer
+from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.states import entry
 from lit_rl_transformers.attention import WindowAttention
 from tensordict import TensorDict
@@ -30,22 +31,15 @@ from lit_rl_jamba.pattern import ATTENTION, MAMBA, expert_layers, spell_layers
 
 Memory = dict[str, Tensor]  # one layer's state, [B, ...] each
 
-# What a mixer draws of itself, [B, T, T]: the mean over heads of attention's weights, or of the sizes of
-# Mamba's hidden attention (Ali et al. 2024, arXiv:2403.01590).
-MAPS: dict[str, Callable[..., Tensor]] = {
-    MAMBA: lambda mixer, *inputs: mixer.hidden_attention(*inputs).abs().mean(dim=1),
-    ATTENTION: lambda mixer, *inputs: mixer.attention_map(*inputs),
-}
-
 
 class Block(nn.Module):
     """``u + mixer(norm(u))``, then ``u + feedforward(norm_ff(u))``."""
 
     def __init__(self, mixer: nn.Module, feedforward: SwiGLU | Experts) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(mixer.d_model, eps=1e-5)
+        self.norm = RMSNorm(mixer.d_model)
         self.mixer = mixer
-        self.norm_ff = nn.RMSNorm(mixer.d_model, eps=1e-5)
+        self.norm_ff = RMSNorm(mixer.d_model)
         self.feedforward = feedforward
 
     def forward(
@@ -160,8 +154,7 @@ class Jamba(Trunk):
             )
             for layer, letter in enumerate(letters)
         )
-        self.norm_f = nn.RMSNorm(d_model, eps=1e-5)
-        self.letters = letters
+        self.norm_f = RMSNorm(d_model)
         self.resets = resets
         self.balance_coef = balance_coef
 
@@ -193,11 +186,15 @@ class Jamba(Trunk):
         return self.norm_f(u_BTD), TensorDict(self._stacked(leaving), batch_size=state.batch_size)
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
-        """For each layer what `MAPS` says, ``[B, T, T]``."""
+        """For each layer ``[B, T, T]``.
+
+        The mean over heads of attention's weights, or of the sizes of Mamba's hidden attention (Ali et al.
+        2024, arXiv:2403.01590).
+        """
         is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
-        for letter, block, memory in zip(self.letters, self.layers, self._memories(x, state), strict=True):
-            maps.append(MAPS[letter](block.mixer, block.norm(u_BTD), memory, is_init_BT))
+        for block, memory in zip(self.layers, self._memories(x, state), strict=True):
+            maps.append(block.mixer.attention_map(block.norm(u_BTD), memory, is_init_BT))
             u_BTD, _, _ = block(u_BTD, memory, is_init_BT)
         return maps
 

@@ -84,6 +84,14 @@ class Mixer(Protocol):
         out; the state still reaches the map through the convolution.
         """
 
+    def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
+        """``[B, T, T]``, one map for a picture: here `mean_size` of the hidden attention."""
+
+
+def mean_size(heads_BMTT: Tensor) -> Tensor:
+    """``[B, T, T]``, the mean over heads of how large their entries are."""
+    return heads_BMTT.abs().mean(dim=1)
+
 
 def in_pieces(
     layer: Layer, channels: int, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
@@ -168,7 +176,7 @@ class ResidualTrunk(Trunk):
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """For each layer ``[B, T, T]``: the mean of the hidden attention's sizes over heads."""
-        return [heads_BMTT.abs().mean(dim=1) for heads_BMTT in self.hidden_attention(x, state, is_init)]
+        return [mean_size(heads_BMTT) for heads_BMTT in self.hidden_attention(x, state, is_init)]
 
     def _embed(self, x_BTF: Tensor) -> Tensor:
         # The residual sum keeps the parameters' precision under autocast.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softplus
 
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
 from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
@@ -107,6 +107,10 @@ class MambaMixer(nn.Module):
         x_BTE, _, _ = self._convolve(x_BTD, state, is_init_BT)
         dt_BTE, B_BTN, C_BTN = self._select(x_BTE)
         return hidden_attention(dt_BTE, -torch.exp(self.A_log), B_BTN, C_BTN, is_init_BT)
+
+    def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
+        """``[B, T, T]``, see `blocks.Mixer.attention_map`."""
+        return mean_size(self.hidden_attention(x_BTD, state, is_init_BT))
 
     def _convolve(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor

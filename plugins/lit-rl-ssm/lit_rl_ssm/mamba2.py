@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from lit_rl_ssm import kernels
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.ssd import LARGEST_CHUNK, attention, ssd, ssd_step
@@ -125,6 +125,10 @@ class Mamba2Mixer(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             _, selected, _ = self._select(projected, state, is_init_BT)
             return attention(*selected[1:], is_init_BT)
+
+    def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
+        """``[B, T, T]``, see `blocks.Mixer.attention_map`."""
+        return mean_size(self.hidden_attention(x_BTD, state, is_init_BT))
 
     def _select(
         self, projected: Tensor, state: dict[str, Tensor], is_init_BT: Tensor

@@ -22,9 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lit_rl_transformers.window import Window
 
-State = dict[
-    str, Tensor
-]  # kv [B, M, E]: the last M steps, the latest last, zeros before the episode; age [B]
+# kv [B, M, E]: the last M steps, the latest last, zeros before the episode; age [B].
+State = dict[str, Tensor]
 
 
 class Heads(NamedTuple):
