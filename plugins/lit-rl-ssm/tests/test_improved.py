@@ -110,6 +110,21 @@ def test_bound_is_above_the_spectral_norm_and_near(size, scale):
     assert (bound <= exact * size ** (1 / 64) * (1 + 1e-5)).all()
 
 
+def test_a_long_pass_equals_single_steps():
+    torch.manual_seed(0)
+    trunk = ImprovedSSM(4, d_model=8, d_state=6).double()
+    x, is_init = torch.randn(2, 1024, 4).double(), torch.rand(2, 1024) < 0.01
+    with torch.no_grad():
+        whole, last = trunk(x, trunk.initial_state(2), is_init)
+        state, steps = trunk.initial_state(2), []
+        for t in range(1024):
+            y, state = trunk(x[:, t : t + 1], state, is_init[:, t : t + 1])
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-10)
+    for key, leaf in last.items():
+        torch.testing.assert_close(state[key], leaf, rtol=0, atol=1e-10)
+
+
 def test_first_transition_is_used_as_it_is():
     torch.manual_seed(0)
     trunk = ImprovedSSM(3)

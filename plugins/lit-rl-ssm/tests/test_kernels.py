@@ -15,6 +15,7 @@ from lit_rl_ssm.mamba import Mamba
 from lit_rl_ssm.mamba2 import Mamba2
 
 from lit_rl.testing.trunk_checks import contract
+from lit_rl.testing.trunk_checks.platforms import agrees_with_cpu
 from lit_rl.testing.trunk_checks.runs import Subject
 
 torch.set_num_threads(1)
@@ -186,6 +187,16 @@ def test_backend_cuda_goes_the_torch_way_where_kernels_cannot(stand_ins, monkeyp
     given = torch.randn(2, 9, 5, dtype=dtype), by_torch.initial_state(2), torch.rand(2, 9) < 0.2
     torch.testing.assert_close(by_kernel(*given)[0], by_torch(*given)[0], rtol=0, atol=0)
     assert not stand_ins
+
+
+@pytest.mark.parametrize("trunk_class", [Mamba, Mamba2])
+def test_kernels_in_float32_stand_beside_a_reference_in_float64_of_the_same_options(
+    stand_ins, monkeypatch, trunk_class
+):
+    """The comparison that a check on a GPU makes."""
+    monkeypatch.setattr(kernels, "runs_on", lambda x: x.dtype != torch.float64)
+    agrees_with_cpu(Subject(trunk_class, {"d_model": 16, "d_state": 4, "backend": "cuda"}), "cpu")
+    assert len(set(stand_ins)) == 2
 
 
 @pytest.mark.parametrize(

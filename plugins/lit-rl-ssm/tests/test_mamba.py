@@ -165,6 +165,21 @@ def features(trunk: Mamba, steps: int = 20):
     return x, trunk.initial_state(2), is_init
 
 
+def test_a_long_pass_equals_single_steps():
+    torch.manual_seed(0)
+    trunk = Mamba(4, d_model=8, n_layers=2).double()
+    x, is_init = torch.randn(2, 1024, 4).double(), torch.rand(2, 1024) < 0.01
+    with torch.no_grad():
+        whole, last = trunk(x, trunk.initial_state(2), is_init)
+        state, steps = trunk.initial_state(2), []
+        for t in range(1024):
+            y, state = trunk(x[:, t : t + 1], state, is_init[:, t : t + 1])
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-10)
+    for key, leaf in last.items():
+        torch.testing.assert_close(state[key], leaf, rtol=0, atol=1e-10)
+
+
 def test_leaky_fails_the_check_of_leaks():
     check_no_leak_between_episodes(Subject(Mamba, {"d_model": 8}))
     with pytest.raises(AssertionError, match="reset"):

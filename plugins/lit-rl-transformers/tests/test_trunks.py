@@ -83,6 +83,22 @@ def test_a_long_pass_equals_chunks(trunk_class):
 
 
 @every_trunk
+def test_a_long_pass_equals_single_steps(trunk_class):
+    torch.manual_seed(0)
+    trunk = trunk_class(4, d_model=8, n_layers=2, n_heads=2, memory=20).double()
+    x, is_init = torch.randn(2, 1024, 4).double(), torch.rand(2, 1024) < 0.01
+    with torch.no_grad():
+        whole, last = trunk(x, trunk.initial_state(2), is_init)
+        state, steps = trunk.initial_state(2), []
+        for t in range(1024):
+            y, state = trunk(x[:, t : t + 1], state, is_init[:, t : t + 1])
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-10)
+    for key, leaf in last.items():
+        torch.testing.assert_close(state[key], leaf, rtol=0, atol=1e-10)
+
+
+@every_trunk
 @pytest.mark.parametrize(("memory", "steps"), [(5, 1), (5, 13), (5, 64), (40, 30)])
 def test_attention_maps(trunk_class, memory, steps):
     torch.manual_seed(0)
