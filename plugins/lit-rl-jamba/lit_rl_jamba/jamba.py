@@ -71,7 +71,7 @@ class Jamba(Trunk):
         experts: how many in a mixture; 0 for none.
         top_k: experts that a token gets.
         moe_every: a mixture on the last of each so many layers: 2 is layers 1, 3, 5, ...
-        moe_layers: the layers with a mixture by number, from 0, instead of `moe_every`.
+        moe_layers: the layers with a mixture by number, from 0, instead of `moe_every`; needs `experts`.
         balance_coef: weight of the load-balance loss, summed over layers, in `auxiliary_loss`.
         reset: "leaky" ignores `is_init`, a common mistake kept as an option, for comparison.
         backend: how Mamba layers compute, see `lit_rl_ssm.mamba`.
@@ -158,7 +158,7 @@ class Jamba(Trunk):
         self.resets = resets
         self.balance_coef = balance_coef
 
-        # Each entry of the state: the layers it holds, and what they call it. And its shape without B.
+        # Each entry of the state: the layers it holds and what they call it; then its shape without B.
         self._entries: dict[str, tuple[str, list[int]]] = {}
         for layer, memory_1 in enumerate(self._initial_memories(1)):
             for leaf in memory_1:
