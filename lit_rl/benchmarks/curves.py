@@ -79,7 +79,7 @@ def table(runs: Sequence[Run], digits: int) -> str:
 
 def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     """Evaluations over frames: a colour for each name, a line for each seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(run.name for run in runs))
     for number, run in enumerate(runs):
@@ -96,7 +96,7 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     title = names[0] if len(names) == 1 else None
     axes.set(xlabel="environment frames", ylabel=f"{metric} (greedy evaluation)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
