@@ -62,7 +62,7 @@ def measure(trunks: dict[str, Trunk], *, steps: int, long: int, rounds: int) -> 
         trunks: by name; what they are built for is D_MODEL features.
         steps: T of the short sequences.
         long: T of the long ones.
-        rounds: see `interleaved`; long sequences take a fifth of it.
+        rounds: see `interleaved`; long sequences take a fifth of it, but five.
     """
     short: dict[tuple[str, str], Callable[[], None]] = {(PEER, "plain"): peer(steps)}
     for name, trunk in trunks.items():
@@ -74,7 +74,7 @@ def measure(trunks: dict[str, Trunk], *, steps: int, long: int, rounds: int) -> 
     for name, trunk in trunks.items():
         at_length[name, "short"] = short[name, "plain"]
         at_length[name, "long"] = forward_backward(trunk, random_resets(B, long, 0.0))
-    long_seconds = interleaved(at_length, max(1, rounds // 5))
+    long_seconds = interleaved(at_length, max(min(rounds, 5), rounds // 5))
     acts = {(name, rows): acting(trunk, rows) for name, trunk in trunks.items() for rows in ACTING_ROWS}
     act_seconds = interleaved(acts, rounds, calls=20)
 
