@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -36,6 +37,10 @@ class Trunk(nn.Module, ABC):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: not the last pass's loss, whose graph neither can take along."""
+        return {**self.__dict__, "auxiliary_loss": None}
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> TensorDict:

@@ -1,5 +1,7 @@
 """The agent: acting is one step of learning's pass; shared and separate value trunks."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,7 @@ def test_auxiliary_losses_are_summed() -> None:
     agent(torch.randn(2, 3, 3), agent.initial_state(2), torch.zeros(2, 3, dtype=torch.bool))
     total = agent.auxiliary_loss()
     assert total.item() == pytest.approx(sum(trunk.auxiliary_loss.item() for trunk in agent.trunks()))
+    assert copy.deepcopy(agent).auxiliary_loss() is None  # its graph cannot be copied
     assert total > 0
     total.backward()
     assert all(p.grad.any() for trunk in agent.trunks() for name, p in trunk.named_parameters())

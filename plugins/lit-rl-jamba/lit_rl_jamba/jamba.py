@@ -13,7 +13,7 @@ Shapes: B rows, T time steps, F input features, D = d_model, L layers, E experts
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lit_rl_ssm.blocks import require_sizes, resets_by
@@ -165,10 +165,6 @@ class Jamba(Trunk):
                 key = f"{kinds[letters[layer]][0]}_{leaf}"
                 self._entries.setdefault(key, (leaf, []))[1].append(layer)
         self._state_shapes = {key: leaf.shape[1:] for key, leaf in self.initial_state(1).items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and saved: not the last pass's loss, whose graph neither can take along."""
-        return {**self.__dict__, "auxiliary_loss": None}
 
     def initial_state(self, batch_size: int) -> TensorDict:
         return TensorDict(self._stacked(self._initial_memories(batch_size)), batch_size=[batch_size])
