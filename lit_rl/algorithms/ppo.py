@@ -155,7 +155,7 @@ class LitPPO(LitAgent):
         self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
-        self._minibatch_loss = torch.compile(self._loss, dynamic=False) if compile_loss else self._loss
+        self._minibatch_loss = torch.compile(self._loss) if compile_loss else self._loss
         self._ready_at = time.perf_counter()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -465,6 +465,19 @@ def test_recall_needs_memory(trunk: str, solves: bool) -> None:
     assert success > 0.95 if solves else success < 0.65
 
 
+def test_annealed_coefficients_do_not_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("lit_rl.algorithms.ppo.torch.compile", partial(torch.compile, backend=backend))
+    train(walk(), rollouts=8, compile_loss=True, entropy_coef_final=0.0, clip_final=0.1)
+    assert 1 <= len(graphs) <= 3  # for constants, then for numbers that move
+
+
 @pytest.mark.parametrize("trunk", ["mlp", "gru"])
 def test_a_compiled_loss_learns_the_same(trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for the compiler; its code generation is torch's own affair."""
