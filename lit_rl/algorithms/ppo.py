@@ -303,10 +303,11 @@ class LitPPO(LitAgent):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of one minibatch; detached, its parts and the log ratio ``[M, T]``."""
         params, value, _ = self.agent(steps_MT[keys.OBSERVATION], state_M, steps_MT[keys.IS_INIT])
+        log_prob, entropy = self.agent.policy.log_prob_and_entropy(params, steps_MT[keys.ACTION])
         terms = ppo_loss(
-            self.agent.policy.log_prob(params, steps_MT[keys.ACTION]),
+            log_prob,
             value,
-            self.agent.policy.entropy(params),
+            entropy,
             old_log_prob=steps_MT[keys.LOG_PROB],
             old_value=steps_MT[keys.VALUE],
             advantage=steps_MT[keys.ADVANTAGE],

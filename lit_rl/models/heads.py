@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import log, pi
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lit_rl.errors import UserError
 from lit_rl.models.encoder import one_line, orthogonal
@@ -50,12 +52,12 @@ class PolicyHead(nn.Module, ABC):
         """The greedy action ``[..., *action_shape]``."""
 
     @abstractmethod
+    def log_prob_and_entropy(self, params: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability (density) of an action and entropy in nats, each ``[...]``."""
+
     def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
         """Log-probability (density) ``[...]`` of an action."""
-
-    @abstractmethod
-    def entropy(self, params: Tensor) -> Tensor:
-        """Entropy ``[...]`` in nats."""
+        return self.log_prob_and_entropy(params, action)[0]
 
     def to_env(self, action: Tensor) -> Tensor:
         """The action in the environment's own units."""
@@ -63,7 +65,7 @@ class PolicyHead(nn.Module, ABC):
 
 
 class Categorical(PolicyHead):
-    """Independent categorical variables, one for Discrete. Parameters: log-probabilities."""
+    """Independent categorical variables, one for Discrete. Parameters: the logits."""
 
     start: Tensor | None
 
@@ -80,10 +82,7 @@ class Categorical(PolicyHead):
         self.action_dtype = torch.int64
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = self.logits(features)
-        if not self.is_multi:
-            return F.log_softmax(logits, -1)
-        return torch.cat([F.log_softmax(part, -1) for part in logits.split(self.sizes, -1)], -1)
+        return self.logits(features)
 
     def _pick(self, scores: Tensor) -> Tensor:
         if not self.is_multi:
@@ -101,18 +100,39 @@ class Categorical(PolicyHead):
     def mode(self, params: Tensor) -> Tensor:
         return self._pick(params)
 
-    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+    def log_prob_and_entropy(self, params: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_multi:
-            return params.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            return _CategoricalTerms.apply(params, action)
         parts = zip(params.split(self.sizes, -1), action.unbind(-1), strict=True)
-        picked = [part.gather(-1, a.unsqueeze(-1)).squeeze(-1) for part, a in parts]
-        return torch.stack(picked).sum(0)
-
-    def entropy(self, params: Tensor) -> Tensor:
-        return -(params.exp() * params).sum(-1)
+        log_probs, entropies = zip(*(_CategoricalTerms.apply(part, a) for part, a in parts), strict=True)
+        return torch.stack(log_probs).sum(0), torch.stack(entropies).sum(0)
 
     def to_env(self, action: Tensor) -> Tensor:
         return action if self.start is None else action + self.start
+
+
+class _CategoricalTerms(torch.autograd.Function):
+    """Log-probability and entropy of logits ``[..., P]`` and actions ``[...]`` as one step of autograd.
+
+    ``d log p_a / d logit_i = [i = a] - p_i`` and ``d H / d logit_i = -p_i (log p_i + H)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits, -1)
+        index = action.unsqueeze(-1)
+        p = log_p.exp()
+        entropy = (p * log_p).sum(-1, keepdim=True).neg_()
+        ctx.save_for_backward(log_p, p, entropy, index)
+        return log_p.gather(-1, index).squeeze(-1), entropy.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlog_prob: Tensor, dentropy: Tensor) -> tuple[Tensor, None]:
+        log_p, p, entropy, index = ctx.saved_tensors
+        dlog_prob = dlog_prob.unsqueeze(-1)
+        dlogits = torch.addcmul(dlog_prob, log_p + entropy, dentropy.unsqueeze(-1)).mul_(p).neg_()
+        return dlogits.scatter_add_(-1, index, dlog_prob), None
 
 
 class Gaussian(PolicyHead):
@@ -153,15 +173,16 @@ class Gaussian(PolicyHead):
     def mode(self, params: Tensor) -> Tensor:
         return params
 
-    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+    def log_prob_and_entropy(self, params: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """As promised; of the squashed Gaussian the entropy is a one-sample estimate, differentiable."""
         z = (action - params) * (-self.log_std).exp()
-        log_prob = -0.5 * z.square().sum(-1) - (self.log_std + 0.5 * log(2 * pi)).sum()
-        return log_prob - self._log_stretch(action).sum(-1) if self.squash else log_prob
-
-    def entropy(self, params: Tensor) -> Tensor:
-        """Exact for the plain Gaussian; for the squashed one its one-sample estimate, differentiable."""
-        gaussian = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum().expand(params.shape[:-1])
-        return gaussian + self._log_stretch(self.sample(params)).sum(-1) if self.squash else gaussian
+        log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
+        log_prob = -0.5 * z.square().sum(-1) - log_scale
+        entropy = (log_scale + 0.5 * self.num_params).expand(params.shape[:-1])
+        if self.squash:
+            log_prob = log_prob - self._log_stretch(action).sum(-1)
+            entropy = entropy + self._log_stretch(self.sample(params)).sum(-1)
+        return log_prob, entropy
 
     def _log_stretch(self, action: Tensor) -> Tensor:
         """``log |d env_action / d action|``, with ``log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))``."""

@@ -61,7 +61,7 @@ class MLP(Trunk):
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         if self._is_fused(x):
             parameters = [p for linear in cast(Iterable[nn.Linear], self.layers) for p in linear.parameters()]
-            return _TanhLayers.apply(x.flatten(0, 1), *parameters).unflatten(0, x.shape[:2]), state
+            return _TanhLayers.apply(x, *parameters), state
         # Not through the modules' calls, which cost as much as the arithmetic of one acting step.
         for linear in cast(Iterable[nn.Linear], self.layers):
             x = self.activation(F.linear(x, linear.weight, linear.bias))
@@ -78,28 +78,30 @@ class MLP(Trunk):
 class _TanhLayers(torch.autograd.Function):
     """All layers as one step of autograd, with tanh by way of the sigmoid, which torch has faster on CPUs.
 
-    ``tanh(x) = 2 sigmoid(2x) - 1``, to the rounding of 1. Shapes: N steps.
+    ``tanh(x) = 1 - 2 sigmoid(-2x)``, to the rounding of 1. Shapes: N = B T steps.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NF: Tensor, *weights_and_biases: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTF: Tensor, *weights_and_biases: Tensor) -> Tensor:
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        outputs = [x_NF]
+        outputs = [x_BTF.flatten(0, 1)]
         for weight, bias in zip(weights, biases, strict=True):
-            sum_ND = torch.addmm(bias, outputs[-1], weight.t())
-            outputs.append(sum_ND.mul_(2).sigmoid_().mul_(2).sub_(1))
+            double_ND = torch.addmm(bias, outputs[-1], weight.t(), beta=-2, alpha=-2)
+            outputs.append(torch.rsub(double_ND.sigmoid_(), 1, alpha=2))
         ctx.save_for_backward(*outputs, *weights)
-        return outputs[-1]
+        return outputs[-1].view(*x_BTF.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         n_layers = len(ctx.saved_tensors) // 2
         outputs, weights = ctx.saved_tensors[: n_layers + 1], ctx.saved_tensors[n_layers + 1 :]
+        grad_ND = grad_BTD.flatten(0, 1)
         grads: list[Tensor] = []  # from the last layer to the first, each bias before its weight
         for layer in reversed(range(n_layers)):
             grad_ND = torch.ops.aten.tanh_backward(grad_ND, outputs[layer + 1])
             grads += [grad_ND.sum(0), grad_ND.t() @ outputs[layer]]
             if layer or ctx.needs_input_grad[0]:
                 grad_ND = grad_ND @ weights[layer]
-        return (grad_ND if ctx.needs_input_grad[0] else None, *reversed(grads))
+        grad_x = grad_ND.view(*grad_BTD.shape[:2], -1) if ctx.needs_input_grad[0] else None
+        return grad_x, *reversed(grads)

@@ -158,7 +158,6 @@ def test_heads_stay_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         params, values, _ = agent(x, agent.initial_state(2), no)
     assert params.dtype == values.dtype == torch.float32
-    torch.testing.assert_close(params.exp().sum(-1), torch.ones(2, 3), atol=1e-6, rtol=0)
     assert not torch.equal(params, exact)  # the encoder did run in bfloat16
     torch.testing.assert_close(params, exact, atol=0.05, rtol=0)
 

@@ -25,6 +25,12 @@ def head_and_params(space: spaces.Space, *batch: int, seed: int = 0, **options):
         return head, head(torch.randn(*batch, FEATURES))
 
 
+def entropy_of(head, params: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        action = head.sample(params)
+    return head.log_prob_and_entropy(params, action)[1]
+
+
 def many(params: torch.Tensor, n: int) -> torch.Tensor:
     """The parameters of one distribution, n times."""
     return params.flatten()[None].expand(n, -1)
@@ -38,9 +44,8 @@ def test_categorical_agrees_with_torch() -> None:
     oracle = D.Categorical(logits=params)
     action = torch.randint(4, (6, 3))
     torch.testing.assert_close(head.log_prob(params, action), oracle.log_prob(action))
-    torch.testing.assert_close(head.entropy(params), oracle.entropy())
+    torch.testing.assert_close(entropy_of(head, params), oracle.entropy())
     assert torch.equal(head.mode(params), oracle.probs.argmax(-1))
-    torch.testing.assert_close(params.exp().sum(-1), torch.ones(6, 3))
     assert head.sample(params).shape == (6, 3)
     assert head.sample(params).dtype == head.action_dtype
 
@@ -52,11 +57,42 @@ def test_multidiscrete_is_a_product() -> None:
     action = torch.stack([factor.sample() for factor in factors], -1)
     expected = sum(factor.log_prob(a) for factor, a in zip(factors, action.unbind(-1), strict=True))
     torch.testing.assert_close(head.log_prob(params, action), expected)
-    torch.testing.assert_close(head.entropy(params), sum(factor.entropy() for factor in factors))
+    torch.testing.assert_close(entropy_of(head, params), sum(factor.entropy() for factor in factors))
     assert torch.equal(head.mode(params), torch.stack([factor.probs.argmax(-1) for factor in factors], -1))
     sampled = head.sample(params)
     assert sampled.shape == (6, 3, 3) == (6, 3, *head.action_shape)
     assert (sampled < torch.tensor(sizes)).all()
+
+
+def test_gradients_of_log_probability_and_entropy_agree_with_torch() -> None:
+    torch.manual_seed(0)
+    for sizes in ([4], [2, 5, 3]):
+        head = policy_head(FEATURES, spaces.MultiDiscrete(sizes) if len(sizes) > 1 else spaces.Discrete(4))
+        params = torch.randn(6, 3, sum(sizes), dtype=torch.float64, requires_grad=True)
+        action = head.sample(params.detach())
+        weights = torch.randn(2, 6, 3, dtype=torch.float64)
+
+        def gradient(terms, params=params, weights=weights) -> torch.Tensor:
+            return torch.autograd.grad(
+                sum((w * t).sum() for w, t in zip(weights, terms, strict=True)), params
+            )[0]
+
+        actions = action.unbind(-1) if len(sizes) > 1 else [action]
+        factors = [D.Categorical(logits=part) for part in params.split(sizes, -1)]
+        oracle_log_prob = sum(factor.log_prob(a) for factor, a in zip(factors, actions, strict=True))
+        oracle = gradient((oracle_log_prob, sum(factor.entropy() for factor in factors)))
+        torch.testing.assert_close(gradient(head.log_prob_and_entropy(params, action)), oracle)
+        assert torch.autograd.gradcheck(head.log_prob_and_entropy, (params, action))
+
+
+def test_two_equal_logits_by_hand() -> None:
+    """p = 1/2: log p = -log 2 with gradient (1/2, -1/2), entropy log 2 at its top."""
+    head = policy_head(FEATURES, spaces.Discrete(2))
+    params = torch.zeros(1, 2, requires_grad=True)
+    log_prob, entropy = head.log_prob_and_entropy(params, torch.tensor([0]))
+    assert [log_prob.item(), entropy.item()] == pytest.approx([-log(2), log(2)])
+    (gradient,) = torch.autograd.grad(log_prob.sum() + entropy.sum(), params)
+    assert gradient.flatten().tolist() == pytest.approx([0.5, -0.5])
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -69,7 +105,9 @@ def test_sampling_frequencies() -> None:
     action = head.sample(many(params, 20_000), torch.Generator().manual_seed(0))
     counts = torch.bincount(action, minlength=4)
     assert counts.min() > 50  # every action occurs, or the test says little
-    assert chi_square(counts, params.exp().flatten()) < 16.3  # 99.9 % quantile with 3 degrees of freedom
+    assert (
+        chi_square(counts, params.softmax(-1).flatten()) < 16.3
+    )  # 99.9 % quantile with 3 degrees of freedom
     uniform = torch.full((4,), 0.25)
     assert chi_square(counts, uniform) > 1000  # and it would see another distribution
 
@@ -77,7 +115,7 @@ def test_sampling_frequencies() -> None:
 def test_sampling_frequencies_of_a_product() -> None:
     head, params = head_and_params(spaces.MultiDiscrete([2, 3]), 1)
     action = head.sample(many(params, 20_000), torch.Generator().manual_seed(0))
-    first, second = params.flatten().exp().split([2, 3])
+    first, second = (part.softmax(-1) for part in params.flatten().split([2, 3]))
     joint = (first[:, None] * second[None, :]).flatten()
     counts = torch.bincount(action[:, 0] * 3 + action[:, 1], minlength=6)
     assert chi_square(counts, joint) < 20.5  # 99.9 %, 5 degrees of freedom; dependence would show
@@ -100,7 +138,7 @@ def test_multibinary() -> None:
     action = head.sample(params)
     oracle = D.Independent(D.Categorical(logits=params.unflatten(-1, (3, 2))), 1)
     torch.testing.assert_close(head.log_prob(params, action), oracle.log_prob(action))
-    torch.testing.assert_close(head.entropy(params), oracle.entropy())
+    torch.testing.assert_close(entropy_of(head, params), oracle.entropy())
     assert all(space.contains(row.numpy().astype(space.dtype)) for row in head.to_env(action))
 
 
@@ -112,7 +150,7 @@ def test_gaussian_agrees_with_torch() -> None:
     oracle = D.Independent(D.Normal(params, head.log_std.exp()), 1)
     action = torch.randn(6, 3, 2)
     torch.testing.assert_close(head.log_prob(params, action), oracle.log_prob(action))
-    torch.testing.assert_close(head.entropy(params), oracle.entropy())
+    torch.testing.assert_close(entropy_of(head, params), oracle.entropy())
     assert torch.equal(head.mode(params), params)
 
 
@@ -177,12 +215,12 @@ def test_squashed_entropy_statistically() -> None:
     head, params = head_and_params(BOX, 1, squash=True)
     n = 100_000
     torch.manual_seed(0)
-    estimate = head.entropy(many(params, n))
+    estimate = entropy_of(head, many(params, n))
     oracle = squashed(many(params, n), head)
     truth = -oracle.log_prob(oracle.sample())
     error = (estimate.mean() - truth.mean()) / ((estimate.var() + truth.var()) / n).sqrt()
     assert error.abs() < 4
-    plain = head_and_params(BOX, 1)[0].entropy(many(params, n))
+    plain = entropy_of(head_and_params(BOX, 1)[0], many(params, n))
     assert (plain.mean() - truth.mean()).abs() > 0.1  # the Gaussian's own entropy is another number
 
 
@@ -190,7 +228,7 @@ def test_squashed_entropy_has_a_gradient_to_the_mean() -> None:
     """Wide tails saturate: moving the mean outwards loses entropy."""
     head, _ = head_and_params(BOX, 1, squash=True)
     params = torch.tensor([[2.0, -2.0]]).expand(20_000, 2).clone().requires_grad_()
-    head.entropy(params).mean().backward()
+    entropy_of(head, params).mean().backward()
     assert params.grad[:, 0].sum() < 0 < params.grad[:, 1].sum()
 
 
@@ -213,7 +251,7 @@ def test_samples_follow_the_generator(space: spaces.Space, squash: bool) -> None
 
 def test_a_new_policy_is_close_to_uniform() -> None:
     head = policy_head(FEATURES, spaces.Discrete(4))
-    entropy = head.entropy(head(torch.randn(100, FEATURES)))
+    entropy = entropy_of(head, head(torch.randn(100, FEATURES)))
     assert (entropy > log(4) - 1e-3).all()
     head = policy_head(FEATURES, BOX, log_std=-0.5)
     assert head.log_std.tolist() == [-0.5, -0.5]
