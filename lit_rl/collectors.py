@@ -169,7 +169,8 @@ class RolloutCollector(BaseCollector):
                     noise=noises[t],
                 )
                 self._state = step.state
-                self._action[:, t] = step.action.cpu().numpy()  # now: an environment may change what it gets
+                action = step.action.cpu().numpy()
+                self._action[:, t] = action  # now: an environment may change what it gets
                 params.append(step.params)
                 if step.value is not None:
                     value[:, t] = step.value.cpu().numpy()

@@ -42,29 +42,33 @@ class _SyncRows(SyncVectorEnv):
     """
 
     def step(self, actions: Any) -> StepResult:
-        N = self.num_envs
-        observations, final = [], []
-        reward, terminated, truncated = np.zeros(N), np.zeros(N, bool), np.zeros(N, bool)
-        success = np.full(N, np.nan)
+        observations: list[Any] = []
+        rewards, terminations, truncations = [], [], []  # numpy is slow at single numbers
+        final: dict[int, tuple[Any, float]] = {}  # last observation and success of the rows that ended
         for row, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions), strict=True)):
-            obs, reward[row], terminated[row], truncated[row], info = env.step(action)
-            final.append(obs)
-            if terminated[row] or truncated[row]:
-                final[row] = map_leaves(
-                    np.copy, obs
-                )  # an environment may write the next one into the same array
-                success[row] = info.get("success", np.nan)
+            obs, reward, is_terminated, is_truncated, info = env.step(action)
+            rewards.append(reward)
+            terminations.append(is_terminated)
+            truncations.append(is_truncated)
+            if is_terminated or is_truncated:  # an environment may write the next episode into the same array
+                final[row] = map_leaves(np.copy, obs), info.get("success", np.nan)
                 obs, _ = env.reset()
             observations.append(obs)
-        ended = terminated | truncated
         batch = self._batched(observations)
-        if not ended.any():
-            return batch, reward, terminated, truncated, {}
-        told = {} if np.isnan(success).all() else {"success": success}
-        return batch, reward, terminated, truncated, {"final_obs": self._batched(final), **told}
+        results = np.array(rewards, float), np.array(terminations, bool), np.array(truncations, bool)
+        if not final:
+            return batch, *results, {}
+        last = [final[row][0] if row in final else obs for row, obs in enumerate(observations)]
+        told = {"final_obs": self._batched(last)}
+        success = np.array([final[row][1] if row in final else np.nan for row in range(self.num_envs)])
+        if not np.isnan(success).all():
+            told["success"] = success
+        return batch, *results, told
 
     def _batched(self, observations: list[Any]) -> Any:
         space = self.single_observation_space
+        if isinstance(space, gym.spaces.Box):
+            return np.array(observations, space.dtype)
         empty: Any = create_empty_array(space, self.num_envs)
         return concatenate(space, observations, empty)
 

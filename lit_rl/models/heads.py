@@ -82,7 +82,7 @@ class Categorical(PolicyHead):
         self.action_dtype = torch.int64
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.logits(features)
+        return F.linear(features, self.logits.weight, self.logits.bias)  # half a module's call
 
     def _pick(self, scores: Tensor) -> Tensor:
         if not self.is_multi:
