@@ -107,7 +107,7 @@ def in_a_process(which: str, frames: int, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--frames", type=int, default=60_000)
     parser.add_argument("--only", choices=RUNS, help="one run: print its steps a second")
     parser.add_argument("--seed", type=int, default=0)
