@@ -7,7 +7,7 @@ Dict space, a mapping of such tensors.
 from __future__ import annotations
 
 from math import prod, sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lit_rl.errors import UserError
 
 Observation = Any  # a tensor, or a mapping of tensors for a Dict space
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def orthogonal(layer: nn.Module, gain: float = sqrt(2)) -> nn.Module:
+def orthogonal(layer: Layer, gain: float = sqrt(2)) -> Layer:
     """Orthogonal weight and zero bias, the usual start of PPO networks."""
-    nn.init.orthogonal_(layer.weight, gain)  # type: ignore[arg-type]
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
