@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,50 @@ def discounted_return(reward: Tensor, ended: Tensor, carry: Tensor, *, gamma: fl
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:
     """``1 - Var(target - value) / Var(target)``: 1 is a perfect critic, 0 a constant one; NaN if constant."""
     return 1 - (target - value).var() / target.var()
+
+
+class NStep(NamedTuple):
+    """What bootstrapping up to n steps ahead needs: ``reward + discount * value[at]`` is the target."""
+
+    reward: Tensor
+    """``[N, L]``, the sum over i < k of ``gamma^i reward_{t+i}``."""
+    at: Tensor
+    """int64 ``[N, L]``, the step ``t + k`` whose value bootstraps, counted from 0 to T - 1."""
+    discount: Tensor
+    """``[N, L]``, ``gamma^k``, and 0 where nothing bootstraps."""
+
+
+def n_step(reward: Tensor, terminated: Tensor, has_action: Tensor, *, n: int, gamma: float) -> NStep:
+    """The n-step return (Sutton & Barto 2018, section 7.1) of the first L = T - n steps of a stream.
+
+    The stream runs through episodes. Of a truncated one the true last observation is a step of its own,
+    without an action: the return bootstraps from there, k steps ahead with k < n. A termination stops it
+    after its reward. Else k = n. A step that has no action itself gets reward 0, discount 0 and k = 0.
+
+    Args:
+        reward: ``[N, T]``.
+        terminated: bool ``[N, T]``, the step that ends its episode; not looked at where there is no action.
+        has_action: bool ``[N, T]``.
+        n: steps to look ahead, from 1 to T.
+        gamma: discount.
+
+    Raises:
+        ValueError: if the stream is shorter than n.
+    """
+    T = reward.shape[1]
+    if not 1 <= n <= T:
+        raise ValueError(f"n is {n} for a stream of {T} steps: it must be from 1 to {T}")
+    L = T - n
+    goes_on = ~terminated
+    step_discount = goes_on.to(reward.dtype) * gamma
+    going = has_action[:, :L]
+    total = reward[:, :L] * going
+    at = torch.arange(L, device=reward.device) + going
+    discount = step_discount[:, :L] * going
+    for i in range(1, n):
+        before, here = slice(i - 1, i - 1 + L), slice(i, i + L)
+        going = going & goes_on[:, before] & has_action[:, here]
+        total = total + reward[:, here] * going * gamma**i
+        at = at + going
+        discount = torch.where(going, step_discount[:, here] * gamma**i, discount)
+    return NStep(total, at, discount)
