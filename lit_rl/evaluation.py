@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from lit_rl import keys
 from lit_rl.collectors import Arrays, check_finite, to_tensor
 from lit_rl.envs.vector import replace_rows
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.agent import Agent
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Episodes:
     def __init__(
         self,
         env: VectorEnv,
-        agent: ActorCritic,
+        agent: Agent,
         episodes: int,
         *,
         greedy: bool = True,

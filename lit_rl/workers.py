@@ -13,7 +13,7 @@ from torchrl.envs import ExplorationType
 from lit_rl import keys
 from lit_rl.collectors import RolloutCollector
 from lit_rl.errors import UserError
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 
 # What TorchRL's workers give to the collector that they build and that asks for nothing special ...
 USUAL = {

@@ -20,7 +20,8 @@ from lit_rl import registry
 from lit_rl.algorithms import LitPPO
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
-from lit_rl.models.agent import ActorCritic, TrunkFactory
+from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.models.agent import TrunkFactory
 from lit_rl.testing.envs import Counter
 
 COUNTER, WALK = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0"

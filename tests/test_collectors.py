@@ -27,7 +27,7 @@ from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.envs.torchrl import as_vector_env
 from lit_rl.errors import UserError
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.workers import torchrl_worker
 
 # Ends at the borders of rollouts (of 8 steps) and sequences, episodes of one step and of two rollouts.

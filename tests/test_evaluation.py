@@ -13,7 +13,7 @@ from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 from lit_rl.evaluation import Episode, Episodes, summarize
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 
 SHORT_AND_LONG = [[(2, "terminated")], [(2, "terminated")], [(10, "truncated")]]
 

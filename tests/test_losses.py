@@ -16,7 +16,7 @@ from lit_rl import keys
 from lit_rl.algorithms.ppo import normalized
 from lit_rl.envs import EnvConfig
 from lit_rl.losses import approx_kl, clip_fraction, clipped_surrogate, ppo_loss, value_loss
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.heads import Gaussian
 from lit_rl.trunks import Trunk
 

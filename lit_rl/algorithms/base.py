@@ -20,7 +20,7 @@ from torch import nn
 
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episode, summarize
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.agent import Agent
 from lit_rl.ranks import gather_list
 
 
@@ -32,7 +32,7 @@ class LitAgent(L.LightningModule):
     reached. Random states, frames and the names of trunk and environment are part of the checkpoint.
     """
 
-    agent: ActorCritic
+    agent: Agent
 
     def __init__(self, total_frames: int, environment: str) -> None:
         super().__init__()

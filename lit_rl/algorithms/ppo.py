@@ -27,7 +27,8 @@ from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
 from lit_rl.losses import approx_kl, clip_fraction, ppo_loss
-from lit_rl.models.agent import ActorCritic, TrunkFactory
+from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.models.agent import TrunkFactory
 from lit_rl.models.normalization import RewardScale, reduce_sum, world_size
 from lit_rl.ranks import together
 from lit_rl.returns import discounted_return, explained_variance, generalized_advantage
@@ -129,7 +130,7 @@ class LitPPO(LitAgent):
             raise UserError(
                 f"squash and log_std are for continuous actions, not {action_space}: leave them out"
             )
-        self.agent = ActorCritic(
+        self.agent: ActorCritic = ActorCritic(
             observation_space,
             action_space,
             trunk or MLP,

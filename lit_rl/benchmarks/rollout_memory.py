@@ -20,7 +20,7 @@ from lit_rl.benchmarks.measure import Contender, check_csv, markdown, state_byte
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 
 NUM_ENVS, ROLLOUT_LENGTH, ROLLOUTS = 8, 128, 3
 USUAL = {"d_model": 256, "n_layers": 4, "memory": 128}

@@ -15,7 +15,7 @@ from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episodes
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.ranks import gather_list, together
 
 

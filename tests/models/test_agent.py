@@ -10,7 +10,7 @@ from helpers import installed_trunks, sample, small
 from tensordict import TensorDict
 from torch import Tensor
 
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import GRU, MLP
 
 OBSERVATION = spaces.Box(-1, 1, (3,))

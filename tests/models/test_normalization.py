@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.normalization import ObservationNorm, RewardScale, RunningMoments
 from lit_rl.trunks import MLP
 

@@ -1,0 +1,6 @@
+"""Collectors: an agent and a batched environment -> what is learnt from."""
+
+from lit_rl.collectors.base import Arrays, EnvCollector, check_finite, to_tensor
+from lit_rl.collectors.rollout import RolloutCollector
+
+__all__ = ["Arrays", "EnvCollector", "RolloutCollector", "check_finite", "to_tensor"]
