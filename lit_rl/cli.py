@@ -34,7 +34,7 @@ from lit_rl.callbacks import (
     StopOnSignal,
     Stopped,
 )
-from lit_rl.data import RolloutDataModule
+from lit_rl.data import EnvDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 
@@ -52,7 +52,7 @@ class LitRLCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         super().__init__(
             LitAgent,
-            RolloutDataModule,
+            EnvDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_defaults={

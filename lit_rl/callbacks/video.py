@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.data import RolloutDataModule
+from lit_rl.data import EnvDataModule
 from lit_rl.errors import UserError
 
 MAX_FRAMES = 300
@@ -51,7 +51,7 @@ class EvaluationVideo(L.Callback):
 
 def film(trainer: L.Trainer) -> bytes:
     """One evaluation episode as a GIF; raises `UserError` where the environment cannot be drawn."""
-    data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    data: EnvDataModule = trainer.datamodule  # type: ignore[attr-defined]
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws to memory: no display is looked for
     try:
         with warnings.catch_warnings():

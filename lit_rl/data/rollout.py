@@ -1,22 +1,18 @@
-"""On-policy data: every training batch is a fresh rollout, every evaluation batch a whole episode."""
+"""On-policy data: every training batch is a fresh rollout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, cast
 
-import lightning as L
-import torch
-from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
 from lit_rl.collectors import RolloutCollector
+from lit_rl.data.base import EnvDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
-from lit_rl.evaluation import Episodes
 from lit_rl.models.actor_critic import ActorCritic
-from lit_rl.ranks import gather_list, together
+from lit_rl.ranks import together
 
 
 class RolloutLoader:
@@ -34,21 +30,14 @@ class RolloutLoader:
             yield together(self.collector.rollout)
 
 
-class RolloutDataModule(L.LightningDataModule):
+class RolloutDataModule(EnvDataModule):
     """Rollouts for training; whole episodes for validation, test and prediction.
-
-    The agent that acts is the LightningModule's (`trainer.lightning_module.agent`), under the Trainer's
-    precision. With several processes each has its own environments, seeded by rank.
 
     Args:
         env: the environment.
         rollout_length: steps of each environment in a rollout.
         sequence_length: steps of a training sequence, a divisor of `rollout_length`; all of it if absent.
-        frames_per_epoch: environment frames (over all processes) between evaluations and checkpoints.
-        episodes: how many an evaluation runs.
-        greedy: evaluate with the policy's mode; with samples otherwise.
-        seed: of training environments and actions.
-        evaluation_seed: of evaluation environments and actions.
+        options: of `EnvDataModule`.
 
     Raises:
         UserError: sizes are not positive or do not divide.
@@ -60,124 +49,27 @@ class RolloutDataModule(L.LightningDataModule):
         *,
         rollout_length: int = 128,
         sequence_length: int | None = None,
-        frames_per_epoch: int = 20_000,
-        episodes: int = 10,
-        greedy: bool = True,
-        seed: int = 0,
-        evaluation_seed: int = 1_000_000,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        # Fewer episodes than processes: some evaluate none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        sizes = {"rollout_length": rollout_length, "frames_per_epoch": frames_per_epoch, "episodes": episodes}
-        check_range(sizes, 1, 2**31 - 1)
-        check_range({"seed": seed, "evaluation_seed": evaluation_seed}, 0, 2**31 - 1)
+        super().__init__(env, **options)
+        check_range({"rollout_length": rollout_length}, 1, 2**31 - 1)
         if sequence_length is not None and (sequence_length < 1 or rollout_length % sequence_length):
             raise UserError(
                 f"sequence_length {sequence_length} does not divide rollout_length {rollout_length}: "
                 "choose a divisor"
             )
-        self.env = env
         self.rollout_length = rollout_length
         self.sequence_length = sequence_length
-        self.frames_per_epoch = frames_per_epoch
-        self.episodes = episodes
-        self.greedy = greedy
-        self.seed = seed
-        self.evaluation_seed = evaluation_seed
-        self.collector: RolloutCollector | None = None
-        self._collector_state: dict[str, Any] | None = None
-        self._evaluation_envs: list[VectorEnv] = []
-
-    @property
-    def _agent(self) -> ActorCritic:
-        assert self.trainer is not None
-        return cast(ActorCritic, self.trainer.lightning_module.agent)
-
-    # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> RolloutLoader:
-        trainer = self.trainer
-        assert trainer is not None
-        rank, world_size = trainer.global_rank, trainer.world_size
-        self.collector = RolloutCollector(
+        assert self.trainer is not None
+        collector = RolloutCollector(
             self.env.make,
-            self._agent,
+            cast(ActorCritic, self._agent),
             frames_per_batch=self.env.num_envs * self.rollout_length,
             sequence_length=self.sequence_length,
-            # Rows take consecutive seeds: ranks start far enough apart not to share any.
-            seed=self.seed + 10_000 * rank,
-            context=trainer.precision_plugin.forward_context,
+            seed=self._rank_seed(self.seed),
+            context=self.trainer.precision_plugin.forward_context,
         )
-        if self._collector_state is not None:
-            self.collector.load_state_dict(self._collector_state)
-            self._collector_state = None
-        frames = self.collector.frames_per_batch * world_size
-        return RolloutLoader(self.collector, max(1, self.frames_per_epoch // frames))
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Rollouts go to the learner's device; on the CPU they are there, and looking for it takes time."""
-        return batch.to(device) if isinstance(batch, TensorDict) and device.type != "cpu" else batch
-
-    def val_dataloader(self) -> Episodes:
-        return self._episodes()
-
-    def test_dataloader(self) -> Episodes:
-        return self._episodes()
-
-    def predict_dataloader(self) -> Episodes:
-        return self._episodes(record=True)
-
-    def _episodes(self, *, record: bool = False) -> Episodes:
-        trainer = self.trainer
-        assert trainer is not None
-        rank, world_size = trainer.global_rank, trainer.world_size
-        share = self.episodes // world_size + (rank < self.episodes % world_size)
-        env = self.env.make(num_envs=max(1, min(share, 16)))
-        self._evaluation_envs.append(env)
-        return Episodes(
-            env,
-            self._agent,
-            share,
-            greedy=self.greedy,
-            seed=self.evaluation_seed + 10_000 * rank,
-            record=record,
-            context=trainer.precision_plugin.forward_context,
-        )
-
-    def rendered_episode(self, max_frames: int) -> Episodes:
-        """One episode with at most so many pictures, on the backend that can draw."""
-        trainer = self.trainer
-        assert trainer is not None
-        env = replace(self.env, backend="gymnasium").make(num_envs=1, render_mode="rgb_array")
-        self._evaluation_envs.append(env)
-        return Episodes(
-            env,
-            self._agent,
-            1,
-            greedy=self.greedy,
-            seed=self.evaluation_seed,
-            render=max_frames,
-            context=trainer.precision_plugin.forward_context,
-        )
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """The collectors' random states and frame counts, one for each rank."""
-        if self.collector is None:
-            return {}
-        return {"collectors": gather_list([dict(self.collector.state_dict())])}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        assert self.trainer is not None
-        collectors = state_dict.get("collectors", [])
-        if self.trainer.global_rank < len(collectors):
-            self._collector_state = collectors[self.trainer.global_rank]
-
-    def teardown(self, stage: str) -> None:
-        if self.collector is not None:
-            self.collector.shutdown()
-            self.collector = None
-        while self._evaluation_envs:
-            self._evaluation_envs.pop().close()
+        self._start(collector)
+        return RolloutLoader(collector, self._batches_per_epoch(collector))

@@ -11,7 +11,7 @@ from lit_rl import keys
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs.gymnasium import _SyncRows
 from lit_rl.envs.vector import FirstSeed, GuardedEnv
-from lit_rl.models.agent import ActorCritic
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import MLP
 
 torch.set_num_threads(1)
