@@ -15,7 +15,19 @@ into K sequences each, and the trunk's memory only at the start of each sequence
   success, the environment told)
 
 The learner adds ``advantage`` and ``value_target``.
+
+A batch of windows (off-policy) is ``{WINDOWS: [W] TensorDict, EPISODES: [E, T] TensorDict}``. A window is
+``{STEPS: [L] TensorDict, TRUNK_STATE: []}``, the memory (where it is kept) at the window's start. Its steps
+hold observation, action, reward, terminated and is_init as above, and
+
+- ``has_action``: false for the true last observation of a truncated episode, on which no action was taken
+- ``latent``: what the trunk made of the observation when acting, where it is kept
+
+The episodes are the last three entries of a rollout's step.
 """
+
+WINDOWS = "windows"
+EPISODES = "episodes"
 
 STEPS = "steps"
 TRUNK_STATE = "trunk_state"
@@ -29,6 +41,8 @@ REWARD = "reward"
 TERMINATED = "terminated"
 TRUNCATED = "truncated"
 IS_INIT = "is_init"
+HAS_ACTION = "has_action"
+LATENT = "latent"
 
 ADVANTAGE = "advantage"
 VALUE_TARGET = "value_target"

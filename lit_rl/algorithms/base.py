@@ -16,12 +16,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
+from lit_rl import keys
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episode, summarize
 from lit_rl.models.agent import Agent
+from lit_rl.models.normalization import reduce_sum
 from lit_rl.ranks import gather_list
+
+EPISODE_STATISTICS = (keys.EPISODE_RETURN, keys.EPISODE_LENGTH, keys.EPISODE_SUCCESS)
 
 
 class LitAgent(L.LightningModule):
@@ -84,6 +88,13 @@ class LitAgent(L.LightningModule):
                 write_scalars(logger, metrics, self.frames)
             else:
                 logger.log_metrics(metrics, step=self.frames)
+
+    def episode_means(self, episodes: Tensor) -> dict[str, float]:
+        """Means over finished episodes ``[K, 3]`` (`EPISODE_STATISTICS`) of all processes; empty if none."""
+        told = episodes.isfinite()
+        sums, counts = reduce_sum(torch.stack([episodes.nan_to_num(0.0).sum(0), told.sum(0)]))
+        means = zip(EPISODE_STATISTICS, sums.tolist(), counts.tolist(), strict=True)
+        return {key.replace("_", "/", 1): total / n for key, total, n in means if n}
 
     def on_train_start(self) -> None:
         if not torch.cuda.is_available():

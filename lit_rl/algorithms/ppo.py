@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.algorithms.base import LitAgent
+from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
 from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
@@ -34,7 +34,6 @@ from lit_rl.ranks import together
 from lit_rl.returns import discounted_return, explained_variance, generalized_advantage
 from lit_rl.trunks import MLP
 
-EPISODE_STATISTICS = (keys.EPISODE_RETURN, keys.EPISODE_LENGTH, keys.EPISODE_SUCCESS)
 LEARNT_FROM = (
     keys.OBSERVATION,
     keys.ACTION,
@@ -363,15 +362,12 @@ class LitPPO(LitAgent):
         self._ready_at = time.perf_counter()
 
     def _finished_episodes(self, steps_ET: TensorDict) -> dict[str, float]:
-        """Means over the episodes that ended in this rollout, over all processes; empty if none did."""
+        """Means over the episodes that ended in this rollout."""
         episodes = torch.stack([steps_ET[key] for key in EPISODE_STATISTICS], -1)
         ended = steps_ET[keys.TERMINATED] | steps_ET[keys.TRUNCATED]
         episodes = episodes[ended]
         self.recent_returns.extend(episodes[:, 0].tolist())
-        told = episodes.isfinite()
-        sums, counts = reduce_sum(torch.stack([episodes.nan_to_num(0.0).sum(0), told.sum(0)]))
-        means = zip(EPISODE_STATISTICS, sums.tolist(), counts.tolist(), strict=True)
-        return {key.replace("_", "/", 1): total / n for key, total, n in means if n}
+        return self.episode_means(episodes)
 
 
 def select(column_N: Tensor | TensorDict, order: Tensor) -> Tensor | TensorDict:

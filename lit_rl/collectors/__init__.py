@@ -2,5 +2,6 @@
 
 from lit_rl.collectors.base import Arrays, EnvCollector, check_finite, to_tensor
 from lit_rl.collectors.rollout import RolloutCollector
+from lit_rl.collectors.windows import WindowCollector
 
-__all__ = ["Arrays", "EnvCollector", "RolloutCollector", "check_finite", "to_tensor"]
+__all__ = ["Arrays", "EnvCollector", "RolloutCollector", "WindowCollector", "check_finite", "to_tensor"]

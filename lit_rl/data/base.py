@@ -138,6 +138,9 @@ class EnvDataModule(L.LightningDataModule):
             return {}
         return {"collectors": gather_list([dict(self.collector.state_dict())])}
 
+    def after_last_checkpoint(self) -> None:
+        """Called in every process when `last.ckpt` has been written."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.trainer is not None
         collectors = state_dict.get("collectors", [])

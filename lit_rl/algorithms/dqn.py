@@ -1,0 +1,423 @@
+"""Deep Q-learning over any trunk, from windows of experience.
+
+DQN (Mnih et al. 2015, Nature 518) with what Rainbow (Hessel et al. 2018, arXiv 1710.02298) put together, on
+sequences as in R2D2 (Kapturowski et al. 2019, ICLR) and with the latents of Latent Mamba-DQN in the replay.
+One update reads from top to bottom in `LitDQN._loss`.
+
+Shapes: M windows a batch, L steps learnt from, T = L + n with those that only bootstrap, A actions, Z numbers
+an action (`QHead`), D latent.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Literal
+
+import lightning as L
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import keys
+from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
+from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
+from lit_rl.data import ReplayDataModule
+from lit_rl.data.replay import WindowShape
+from lit_rl.data.window_replay import Drawn, WindowReplay
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError, check_range
+from lit_rl.models.agent import TrunkFactory
+from lit_rl.models.q_heads import ExpectedQ
+from lit_rl.models.q_network import Exploration, HeadFactory, QNetwork
+from lit_rl.ranks import together
+from lit_rl.returns import n_step
+from lit_rl.trunks import MLP
+
+LEAST_PRIORITY = 1e-6  # no window is lost for good
+
+
+class LitDQN(LitAgent):
+    """Double DQN on windows, uniform or prioritized, with or without memory from before the window.
+
+    Where memory comes from at a window's start is the `context`: `window` starts empty, and then the agent
+    acts on the last `window` observations alone, too (Latent Mamba-DQN); `stored` takes the memory that the
+    agent had there when it acted (R2D2's stored state). Either may spend the first `burn_in` steps on
+    bringing the memory up to date, without loss or gradient, or restrict the loss to the last `loss_steps`
+    with the gradient reaching through the whole window. With ``loss_steps=1`` and a stride of 1 there is a
+    window, and a priority, for each step.
+
+    `latents` keeps what the trunk made of each step when it acted. Latent Mamba-DQN stores latents and leaves
+    open what for; here they serve to measure how far the representation has moved since (``train/drift``, the
+    distance of the stored and the present latent; ``train/delta_q``, R2D2's Delta-Q with the head applied to
+    both), to mix that drift into the priority (`latent_priority`) and to stand for the steps beyond the
+    window in the target (`latent_targets`). The memory itself is the trunk's state and is kept by
+    ``context: stored``.
+
+    Args:
+        env: the environment, for its spaces.
+        trunk: the architecture (makes a trunk for a number of input features); `mlp` if absent.
+        head: makes the head for a number of features and actions: `ExpectedQ` (if absent), `CategoricalQ`
+            (C51) or `QuantileQ` (QR-DQN), each with `dueling` and `hidden`.
+        total_frames: environment frames to train for.
+        window: steps of a window, L.
+        context: where memory comes from at a window's start.
+        burn_in: first steps of a window that only bring the memory up to date.
+        loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent.
+        n_step: steps to look ahead in the target.
+        batch_size: windows an optimizer step, M.
+        updates_per_block: optimizer steps for each block of collected steps.
+        learning_starts: frames before the first optimizer step.
+        gamma: discount.
+        double: the online network chooses the action that the target network values (van Hasselt et al.
+            2016, arXiv 1509.06461).
+        target_update_frames: frames between copies of the online network to the target network.
+        tau: follow the online network by this share at every optimizer step instead.
+        exploration: `epsilon_greedy`, or `softmax` over action values.
+        exploration_initial: share of random actions (or temperature) at the start.
+        exploration_final: that at the end, reached linearly.
+        exploration_frames: frames until then.
+        beta: exponent of the importance weights at the start (where the replay is prioritized).
+        beta_final: that at the end of training, reached linearly.
+        priority_eta: a window's priority is so much of its largest TD error and the rest of their mean
+            (R2D2, eq. 1).
+        max_grad_norm: the gradient's norm is clipped to this.
+        lr: Adam's learning rate.
+        trunk_lr: that of the trunk's parameters; `lr` if absent.
+        anneal_lr: learning rates fall linearly to 0.
+        weight_decay: decoupled (AdamW), if above 0.
+        encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        latents: keep the latent of each step.
+        latent_priority: share of the drift in a window's priority.
+        latent_targets: stored latents stand for the steps beyond the window, which are not passed over.
+        log_frames: frames between records.
+
+    Raises:
+        UserError: actions that are not discrete, sizes that do not fit, losses that are not finite.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        trunk: TrunkFactory | None = None,
+        head: HeadFactory | None = None,
+        *,
+        total_frames: int = 100_000,
+        window: int = 1,
+        context: Literal["window", "stored"] = "window",
+        burn_in: int = 0,
+        loss_steps: int | None = None,
+        n_step: int = 1,
+        batch_size: int = 64,
+        updates_per_block: int = 1,
+        learning_starts: int = 1_000,
+        gamma: float = 0.99,
+        double: bool = True,
+        target_update_frames: int = 1_000,
+        tau: float | None = None,
+        exploration: Exploration = "epsilon_greedy",
+        exploration_initial: float = 1.0,
+        exploration_final: float = 0.05,
+        exploration_frames: int = 10_000,
+        beta: float = 0.4,
+        beta_final: float = 1.0,
+        priority_eta: float = 0.9,
+        max_grad_norm: float = 10.0,
+        lr: float = 1e-3,
+        trunk_lr: float | None = None,
+        anneal_lr: bool = False,
+        weight_decay: float = 0.0,
+        encoder_width: int | None = None,
+        latents: bool = False,
+        latent_priority: float = 0.0,
+        latent_targets: bool = False,
+        log_frames: int = 1_000,
+    ) -> None:
+        super().__init__(total_frames, env.id)
+        sizes = {"window": window, "n_step": n_step, "batch_size": batch_size, "log_frames": log_frames}
+        check_range(
+            sizes | {"updates_per_block": updates_per_block, "exploration_frames": exploration_frames}, 1
+        )
+        check_range({"learning_starts": learning_starts, "lr": lr, "trunk_lr": trunk_lr}, 0)
+        check_range({"target_update_frames": target_update_frames, "encoder_width": encoder_width}, 1)
+        shares = {"gamma": gamma, "beta": beta, "beta_final": beta_final, "priority_eta": priority_eta}
+        check_range(shares | {"latent_priority": latent_priority}, 0, 1)
+        check_range({"max_grad_norm": max_grad_norm, "tau": tau}, 0, above=True)
+        check_range({"tau": tau}, 0, 1)
+        most = 1.0 if exploration == "epsilon_greedy" else math.inf
+        rates = {"exploration_initial": exploration_initial, "exploration_final": exploration_final}
+        check_range(rates | {"weight_decay": weight_decay}, 0, most)
+        if not 0 <= burn_in < window:
+            raise UserError(
+                f"burn_in is {burn_in} and the window {window} steps: leave steps to learn from, or lengthen "
+                "the window"
+            )
+        if loss_steps is not None and not 1 <= loss_steps <= window - burn_in:
+            raise UserError(
+                f"loss_steps is {loss_steps}: it must be from 1 to the {window - burn_in} steps behind "
+                "burn_in"
+            )
+        if (latent_priority or latent_targets) and not latents:
+            raise UserError("latent_priority and latent_targets need stored latents: set latents to true")
+        observation_space, action_space = env.spaces()
+        self.agent: QNetwork = QNetwork(
+            observation_space,
+            action_space,
+            trunk or MLP,
+            head or ExpectedQ,
+            encoder_width=encoder_width,
+            exploration=exploration,
+            acting_window=window if context == "window" and window > 1 else None,
+        )
+        self.target = copy.deepcopy(self.agent).requires_grad_(False)
+        self.window = window
+        self.context = context
+        self.burn_in = burn_in
+        self.loss_steps = window - burn_in if loss_steps is None else loss_steps
+        self.n_step = n_step
+        self.batch_size = batch_size
+        self.updates_per_block = updates_per_block
+        self.learning_starts = learning_starts
+        self.gamma = gamma
+        self.is_double = double
+        self.target_update_frames = target_update_frames
+        self.tau = tau
+        self.exploration_rate = (exploration_initial, exploration_final)
+        self.exploration_frames = exploration_frames
+        self.beta = (beta, beta_final)
+        self.priority_eta = priority_eta
+        self.max_grad_norm = max_grad_norm
+        self.lr = lr
+        self.trunk_lr = lr if trunk_lr is None else trunk_lr
+        self.anneal_lr = anneal_lr
+        self.weight_decay = weight_decay
+        self.latents = latents
+        self.latent_priority = latent_priority
+        self.latent_targets = latent_targets
+        self.log_every = log_frames
+        self._logged_at = 0
+        self._ready_at = time.perf_counter()
+        self._since_log: dict[str, float] = {"collecting": 0.0, "learning": 0.0}
+        self._measured: list[dict[str, Tensor]] = []
+        self._grad_norms: list[float] = []
+        self._finished: list[Tensor] = []
+
+    @property
+    def window_shape(self) -> WindowShape:
+        return WindowShape(
+            window=self.window,
+            lookahead=self.n_step,
+            unlearnt=self.window - self.loss_steps,
+            with_state=self.context == "stored" and not self.agent.is_memoryless,
+            with_latent=self.latents,
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trunk = list(self.agent.trunk.parameters())
+        in_trunk = set(map(id, trunk))
+        rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
+        groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
+        if self.weight_decay:
+            return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.Adam(groups, fused=True)
+
+    def check_data(self, data: L.LightningDataModule) -> None:
+        """Raises `UserError` where the replay of `data` cannot hold the windows."""
+        if not isinstance(data, ReplayDataModule):
+            raise UserError(
+                f"LitDQN learns from a replay, not from {type(data).__name__}: use ReplayDataModule"
+            )
+        data.check_window(self.window_shape, self.batch_size)
+
+    def on_fit_start(self) -> None:
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self._logged_at = self.frames
+        self._apply_schedules()
+
+    def on_train_epoch_start(self) -> None:
+        self._ready_at = time.perf_counter()
+
+    # ------------------------------------------------------------------ one block
+
+    def training_step(self, episodes: TensorDict, batch_idx: int) -> None:
+        learning_from = time.perf_counter()
+        before = self.frames
+        self.frames += episodes.numel() * self.trainer.world_size
+        self._keep_finished(episodes)
+        replay: WindowReplay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
+        if self.frames >= self.learning_starts:
+            together(lambda: self._learn(replay))
+        if (
+            self.tau is None
+            and self.frames // self.target_update_frames > before // self.target_update_frames
+        ):
+            self._follow(1.0)
+        self._apply_schedules()  # for the steps to come
+
+        now = time.perf_counter()
+        self._since_log["collecting"] += learning_from - self._ready_at
+        self._since_log["learning"] += now - learning_from
+        if self.frames - self._logged_at >= self.log_every:
+            self._log_block(len(replay))
+        self._ready_at = time.perf_counter()
+        if self.frames >= self.total_frames:
+            self.trainer.should_stop = True
+
+    def _apply_schedules(self) -> None:
+        """Sets exploration and learning rates for the frames spent."""
+        first, last = self.exploration_rate
+        self.agent.exploration_rate = first + (last - first) * min(self.frames / self.exploration_frames, 1.0)
+        for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
+            group["lr"] = lr * (1 - self.progress) if self.anneal_lr else lr
+
+    def _learn(self, replay: WindowReplay) -> None:
+        optimizer = self.trainer.optimizers[0]
+        parameters = list(self.agent.parameters())
+        first, last = self.beta
+        done = 0
+        for _ in range(self.updates_per_block if len(replay) else 0):
+            drawn = replay.sample(self.batch_size, beta=first + (last - first) * self.progress)
+            drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
+            loss, priority, measured = self._loss(drawn)
+            loss.backward()
+            norm = average_and_clip(parameters, self.max_grad_norm)
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"the loss or its gradient is not finite at {self.frames} frames; this step was not "
+                    "taken and the last checkpoint is whole: lower the learning rate, or scale rewards"
+                )
+            optimizer_step(optimizer)
+            for parameter in parameters:
+                parameter.grad = None
+            if self.tau is not None:
+                self._follow(self.tau)
+            replay.update_priority(drawn.at, priority)
+            self._measured.append(measured)
+            self._grad_norms.append(norm)
+            done += 1
+        self.count_optimizer_steps(done)
+
+    @torch.no_grad()
+    def _follow(self, share: float) -> None:
+        """Moves the target network towards the online network: all the way with a share of 1."""
+        theirs: list[Tensor] = list(self.target.parameters())
+        mine: list[Tensor] = list(self.agent.parameters())
+        if share == 1.0:
+            torch._foreach_copy_(theirs, mine)
+        else:
+            torch._foreach_lerp_(theirs, mine, share)
+
+    # ------------------------------------------------------------------ one update
+
+    def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss of a batch; new priorities ``[M]``; what was measured. The last two without gradient."""
+        steps_MT = drawn.windows[keys.STEPS]
+        action, reward = steps_MT[keys.ACTION], steps_MT[keys.REWARD]
+        terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
+        start = self.burn_in
+        learnt = slice(start, self.window)
+        out_MTAZ, latent_MTD = self._pass(self.agent, drawn.windows)
+        with torch.no_grad():
+            target_MTAZ, _ = self._pass(self.target, drawn.windows)
+            head = self.agent.head
+            best_MT = head.values((out_MTAZ if self.is_double else target_MTAZ).detach()).argmax(-1)
+            ahead = n_step(
+                reward[:, start:],
+                terminated[:, start:],
+                has_action[:, start:],
+                n=self.n_step,
+                gamma=self.gamma,
+            )
+            best_MTZ = _of_action(target_MTAZ, best_MT)
+            bootstrap_MLZ = best_MTZ.gather(1, ahead.at.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))
+        predicted_MLZ = _of_action(out_MTAZ[:, : self.window - start], action[:, learnt])
+        loss_ML = head.loss(predicted_MLZ, ahead.reward, ahead.discount, bootstrap_MLZ)
+
+        counts_ML = has_action[:, learnt].clone()
+        counts_ML[:, : self.window - start - self.loss_steps] = False
+        weight_ML = counts_ML * drawn.weight.unsqueeze(-1)
+        loss = (loss_ML * weight_ML).sum() / counts_ML.sum()
+        with torch.no_grad():
+            value_ML = head.values(predicted_MLZ)
+            td_target_ML = ahead.reward + ahead.discount * head.values(bootstrap_MLZ)
+            td_error_ML = (td_target_ML - value_ML).abs() * counts_ML
+            count_M = counts_ML.sum(1)
+            mean_M = td_error_ML.sum(1) / count_M
+            priority_M = self.priority_eta * td_error_ML.amax(1) + (1 - self.priority_eta) * mean_M
+            measured = {
+                "td_loss": loss.detach(),
+                "td_error": mean_M.mean(),
+                "q": (value_ML * counts_ML).sum() / count_M.sum(),
+            }
+            if self.latents:
+                stored_MLD, now_MLD = steps_MT[keys.LATENT][:, learnt], latent_MTD[:, : self.window - start]
+                drift_ML = (now_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
+                drift_M = drift_ML.sum(1) / count_M
+                priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
+                q_now, q_stored = (
+                    head.values(out_MTAZ[:, : self.window - start]),
+                    head.values(head(stored_MLD)),
+                )
+                delta_q_ML = (q_now - q_stored).norm(dim=-1) / q_now.abs().amax((1, 2)).unsqueeze(1)
+                measured["drift"] = drift_M.mean()
+                measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
+        auxiliary = self.agent.auxiliary_loss()
+        if auxiliary is not None:
+            loss = loss + auxiliary
+            measured["auxiliary_loss"] = auxiliary.detach()
+        return loss, priority_M + LEAST_PRIORITY, measured
+
+    def _pass(self, network: QNetwork, windows: TensorDict) -> tuple[Tensor, Tensor]:
+        """Head outputs ``[M, T, A, Z]`` and latents of windows, from behind their burn-in on."""
+        steps_MT = windows[keys.STEPS]
+        observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
+        state_M = windows.get(keys.TRUNK_STATE, None)
+        if state_M is None:
+            state_M = network.trunk.initial_state(len(windows))
+        if self.burn_in:
+            with torch.no_grad():
+                _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
+        passed = slice(self.burn_in, self.window if self.latent_targets else None)
+        out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
+        if self.latent_targets:
+            with torch.no_grad():
+                ahead_MnAZ = network.head(steps_MT[keys.LATENT][:, self.window :])
+            out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
+        return out_MTAZ, latent_MTD
+
+    # ------------------------------------------------------------------ what a block tells
+
+    def _keep_finished(self, episodes_ET: TensorDict) -> None:
+        episodes = torch.stack([episodes_ET[key] for key in EPISODE_STATISTICS], -1)
+        finished = episodes[episodes[..., 0].isfinite()]
+        self._finished.append(finished)
+        self.recent_returns.extend(finished[:, 0].tolist())
+
+    def _log_block(self, windows: int) -> None:
+        """One record of the blocks since the last; losses are this process's, episodes those of all."""
+        frames, self._logged_at = self.frames - self._logged_at, self.frames
+        record: dict[str, float] = {}
+        if self._measured:
+            for key in self._measured[0]:
+                record[f"train/{key}"] = torch.stack([part[key] for part in self._measured]).mean().item()
+            record["train/grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
+        record["train/exploration"] = self.agent.exploration_rate
+        for name, group in zip(("lr", "trunk_lr"), self.trainer.optimizers[0].param_groups, strict=True):
+            record[f"train/{name}"] = group["lr"]
+        record["replay/windows"] = float(windows)
+        record |= {f"trunk/{name}": value.item() for name, value in self.agent.trunk_metrics().items()}
+        record |= self.episode_means(torch.cat(self._finished))
+        collecting, learning = self._since_log["collecting"], self._since_log["learning"]
+        record["speed/steps_per_second"] = frames / (collecting + learning)
+        record["speed/collect_steps_per_second"] = frames / collecting
+        record["speed/learn_steps_per_second"] = frames / learning
+        self.log_frames(record)
+        self._measured, self._grad_norms, self._finished = [], [], []
+        self._since_log = {"collecting": 0.0, "learning": 0.0}
+
+
+def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:
+    """The numbers ``[M, T, Z]`` of the given actions."""
+    index = action_MT[..., None, None].expand(-1, -1, 1, out_MTAZ.shape[-1])
+    return out_MTAZ.gather(2, index).squeeze(2)

@@ -1,0 +1,233 @@
+"""Windows: overlapping or adjacent cuts out of the stream of each environment, for off-policy learning.
+
+The stream of an environment is one observation after another, episode after episode. Where an episode is
+truncated, its true last observation stands in the stream as a step of its own, on which no action is taken
+(`has_action` is false): whatever bootstraps there reads it off the same pass as every other step, with the
+memory that belongs to it. After a termination nothing is bootstrapped, and its last observation is left out::
+
+    truncated    o0 a0 r0 | o1 a1 r1 | o2 -- --  | o0' a0' r0' ...      o2: has_action false, o0': is_init
+    terminated   o0 a0 r0 | o1 a1 r1 | o0' a0' r0' ...                  step 1: terminated, o0': is_init
+
+Shapes: E environments, T steps a batch, W windows of L steps: those learnt from and those that only follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from tensordict import TensorDict
+
+from lit_rl import keys
+from lit_rl.collectors.base import Arrays, EnvCollector, to_tensor
+from lit_rl.envs.vector import map_leaves
+from lit_rl.models.q_network import QNetwork
+
+
+class WindowCollector(EnvCollector):
+    """Collects steps and gives the windows that they complete.
+
+    A batch is ``{windows: [W] TensorDict, episodes: [E, T] TensorDict}`` (see `lit_rl.keys`); W changes
+    from batch to batch. No window crosses a reset of the simulators.
+
+    Args:
+        create_env_fn: makes the batched environment (same-step autoreset, see `lit_rl.envs.vector`).
+        policy: the Q-network that acts, on its own device.
+        window: steps of a window that are learnt from.
+        lookahead: steps that follow them, to bootstrap from.
+        stride: steps from the start of one window to the next: `window` makes them adjacent, less makes
+            them overlap.
+        unlearnt: first steps of a window without loss; windows with no action behind them are left out.
+        frames_per_batch: frames a batch, E * T.
+        total_frames: where iteration ends; -1 never.
+        with_state: keep the memory that the agent had at the start of each window.
+        with_latent: keep the latent of each step as it was when acting.
+        seed: of the actions' random state and of the environments' first reset.
+        context: entered around every policy call, for example mixed precision.
+
+    Raises:
+        UserError: sizes do not divide, or an environment fails or returns what is not finite.
+    """
+
+    policy: QNetwork
+
+    def __init__(
+        self,
+        create_env_fn: Callable[..., VectorEnv],
+        policy: QNetwork,
+        *,
+        window: int = 1,
+        lookahead: int = 1,
+        stride: int = 1,
+        unlearnt: int = 0,
+        frames_per_batch: int,
+        total_frames: int = -1,
+        with_state: bool = False,
+        with_latent: bool = False,
+        seed: int = 0,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        super().__init__(
+            create_env_fn,
+            policy,
+            frames_per_batch=frames_per_batch,
+            total_frames=total_frames,
+            seed=seed,
+            context=context,
+        )
+        self.window = window
+        self.lookahead = lookahead
+        self.stride = stride
+        self.unlearnt = unlearnt
+        self._allocate(with_state, with_latent)
+
+    def _allocate(self, with_state: bool, with_latent: bool) -> None:
+        """The last steps of each stream, ``[E, C, ...]``: what windows still need, and room for more."""
+        E = self.env.num_envs
+        self._room = 2 * self.num_steps  # every step may be a truncation
+        C = self.window + self.lookahead + max(self.stride, 4 * self._room)
+
+        def observation(space: Any) -> Arrays:
+            if hasattr(space, "spaces"):
+                return {key: observation(part) for key, part in space.spaces.items()}  # type: ignore[misc]
+            return np.zeros((E, C, *space.shape), space.dtype)
+
+        self._observation = observation(self.env.single_observation_space)
+        self._stream: dict[str, np.ndarray] = {
+            keys.ACTION: np.zeros((E, C), np.int64),
+            keys.REWARD: np.zeros((E, C), np.float32),
+            keys.TERMINATED: np.zeros((E, C), bool),
+            keys.IS_INIT: np.zeros((E, C), bool),
+            keys.HAS_ACTION: np.zeros((E, C), bool),
+        }
+        if with_latent:
+            self._stream[keys.LATENT] = np.zeros((E, C, self.policy.trunk.out_features), np.float32)
+        self._states = self.policy.initial_state(E * C).view(E, C) if with_state else None
+
+    # ------------------------------------------------------------------ the loop
+
+    def rollout(self) -> TensorDict:
+        """The next batch, ``{windows [W], episodes [E, T]}``."""
+        E, T = self.env.num_envs, self.num_steps
+        self._forget_episodes()
+        self._make_room()
+        rewards = np.zeros((E, T), np.float32)
+        every_row = np.arange(E)
+        with torch.inference_mode(), self.context():
+            noises = self.policy.noise(T, E, generator=self.generator).unbind()
+            for t in range(T):
+                self._keep_state(every_row)
+                observation, is_init = self._current, self._is_init
+                step = self.policy.act(
+                    to_tensor(observation, self.device),
+                    self._state,
+                    torch.from_numpy(is_init).to(self.device),
+                    noise=noises[t],
+                )
+                self._state = step.state
+                action = step.action.cpu().numpy()
+                values = {keys.ACTION: action.copy(), keys.IS_INIT: is_init, keys.HAS_ACTION: True}
+                if keys.LATENT in self._stream:
+                    values[keys.LATENT] = step.latent.float().cpu().numpy()
+                self._append(every_row, observation, values)
+                to_env = self.policy.to_env(step.action).cpu().numpy()
+                reward, terminated, truncated, info = self._step_env(to_env, t)
+                rewards[:, t] = reward
+                last = self._count - 1
+                self._stream[keys.REWARD][every_row, last] = reward
+                self._stream[keys.TERMINATED][every_row, last] = terminated
+                if info:
+                    self._append_last_observations(truncated & ~terminated, info["final_obs"])
+        self._check_rewards(rewards)
+        self._frames += E * T
+        episodes = {key: torch.from_numpy(array) for key, array in self._episodes.items()}
+        return TensorDict({keys.WINDOWS: self.windows(), keys.EPISODES: TensorDict(episodes, [E, T])}, [])
+
+    def _append(self, rows: np.ndarray, observation: Arrays, values: dict[str, Any]) -> None:
+        """One more step in the streams of `rows`: their observations, in the order of `rows`, and values."""
+        at = self._count[rows]
+
+        def put(stream: np.ndarray, new: np.ndarray) -> None:
+            stream[rows, at] = new
+
+        map_leaves(put, self._observation, observation)
+        for key, value in values.items():
+            self._stream[key][rows, at] = value
+        self._count[rows] += 1
+
+    def _append_last_observations(self, cut: np.ndarray, final_obs: Arrays) -> None:
+        """The true last observation of the episodes that were `cut` short (bool ``[E]``)."""
+        rows = np.flatnonzero(cut)
+        if not len(rows):
+            return
+        self._keep_state(rows)
+        nothing = (keys.ACTION, keys.REWARD, keys.TERMINATED, keys.IS_INIT, keys.HAS_ACTION)
+        values: dict[str, Any] = dict.fromkeys(nothing, 0)
+        if keys.LATENT in self._stream:
+            no_reset = torch.zeros(len(cut), dtype=torch.bool, device=self.device)
+            latent, _ = self.policy.latent(to_tensor(final_obs, self.device), self._state, no_reset)
+            values[keys.LATENT] = latent.float().cpu().numpy()[rows]
+        self._append(rows, map_leaves(lambda array: array[rows], final_obs), values)
+
+    def _keep_state(self, rows: np.ndarray) -> None:
+        """The memory before the next step of `rows`, where a window starts there."""
+        if self._states is None:
+            return
+        rows = rows[(self._count[rows] - self._start[rows]) % self.stride == 0]
+        if len(rows):
+            at = torch.from_numpy(rows), torch.from_numpy(self._count[rows])
+            self._states[at] = self._state if len(rows) == len(self._count) else self._state[at[0]]
+
+    # ------------------------------------------------------------------ windows
+
+    def windows(self) -> TensorDict:
+        """The windows ``[W]`` that have become complete; each is given once."""
+        L = self.window + self.lookahead
+        C = self._stream[keys.ACTION].shape[1]
+        first: list[np.ndarray] = []
+        for row, (start, count) in enumerate(zip(self._start, self._count, strict=True)):
+            starts = np.arange(start, count - L + 1, self.stride)
+            self._start[row] += self.stride * len(starts)
+            first.append(starts + row * C)
+        at_WL = np.concatenate(first)[:, None] + np.arange(L)
+        has_action = self._stream[keys.HAS_ACTION].reshape(-1)
+        at_WL = at_WL[has_action[at_WL[:, self.unlearnt : self.window]].any(1)]
+
+        def cut(stream: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(stream.reshape(-1, *stream.shape[2:])[at_WL])
+
+        observation = map_leaves(cut, self._observation)
+        if isinstance(observation, dict):
+            observation = TensorDict(observation, list(at_WL.shape))
+        steps = {keys.OBSERVATION: observation} | {key: cut(stream) for key, stream in self._stream.items()}
+        windows: dict[str, TensorDict] = {keys.STEPS: TensorDict(steps, list(at_WL.shape))}
+        if self._states is not None:
+            windows[keys.TRUNK_STATE] = self._states.view(-1)[torch.from_numpy(at_WL[:, 0])]
+        return TensorDict(windows, [len(at_WL)])
+
+    def _make_room(self) -> None:
+        """Drops what no window needs any more, where the next batch might not fit."""
+        if self._count.max() + self._room <= self._stream[keys.ACTION].shape[1]:
+            return
+        for row, (start, count) in enumerate(zip(self._start, self._count, strict=True)):
+            kept, left = slice(start, count), slice(0, count - start)
+
+            def move(stream: Any, row: int = row, kept: slice = kept, left: slice = left) -> None:
+                stream[row, left] = stream[row, kept].copy()
+
+            map_leaves(move, self._observation)
+            map_leaves(move, self._stream)
+            if self._states is not None:
+                self._states[row, left] = self._states[row, kept].clone()
+            self._count[row] -= start
+            self._start[row] = 0
+
+    def reset(self, seed: int | None = None) -> None:
+        """Starts a new episode in every environment, and with it a new stream."""
+        super().reset(seed)
+        self._start = np.zeros(self.env.num_envs, np.int64)  # of the next window
+        self._count = np.zeros(self.env.num_envs, np.int64)  # steps of each stream

@@ -1,0 +1,214 @@
+"""Off-policy data: every training batch is what a few steps have added to the replay."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import gymnasium as gym
+from tensordict import TensorDict
+
+from lit_rl import keys
+from lit_rl.collectors import WindowCollector
+from lit_rl.data.base import EnvDataModule
+from lit_rl.data.window_replay import WindowReplay
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError, check_range
+from lit_rl.models.q_network import QNetwork
+from lit_rl.ranks import together
+
+REPLAY = "replay"
+
+
+class WindowShape(NamedTuple):
+    """What an algorithm wants to learn from."""
+
+    window: int
+    """steps that are learnt from"""
+    lookahead: int
+    """steps that follow them, to bootstrap from"""
+    unlearnt: int
+    """first steps of the window that have no loss"""
+    with_state: bool
+    """whether the memory at the window's start is kept"""
+    with_latent: bool
+    """whether the latent of each step is kept"""
+
+
+class LearnsFromWindows(Protocol):
+    """What a LightningModule must have for these data."""
+
+    agent: QNetwork
+    frames: int
+
+    @property
+    def window_shape(self) -> WindowShape: ...
+
+
+class ReplayLoader:
+    """An epoch of collected blocks. It has a length, or Lightning would collect one ahead."""
+
+    def __init__(self, collector: WindowCollector, replay: WindowReplay, blocks: int) -> None:
+        self.collector = collector
+        self.replay = replay
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        for _ in range(self.blocks):
+            batch = together(self.collector.rollout)
+            self.replay.extend(batch[keys.WINDOWS])
+            yield batch[keys.EPISODES]
+
+
+class ReplayDataModule(EnvDataModule):
+    """A replay of windows that grows as the agent acts; whole episodes for evaluation.
+
+    A training batch holds the episodes that ended in the steps just collected; the learner draws
+    from `replay` as often as it likes. With several processes each has a replay of its own.
+
+    Args:
+        env: the environment.
+        steps_per_block: steps of each environment between two turns of learning.
+        buffer_size: steps that the replay holds; there are `buffer_size / stride` windows.
+        stride: steps from one window's start to the next; adjacent windows if absent, overlapping if less
+            than the window.
+        priority_exponent: alpha of prioritized replay (Schaul et al. 2016); 0 draws uniformly.
+        storage: in `memory`, or memory-mapped on `disk` (for images).
+        save_replay: save the replay beside the last checkpoint, and go on with it.
+        options: of `EnvDataModule`.
+
+    Raises:
+        UserError: sizes are not positive or do not fit.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        *,
+        steps_per_block: int = 4,
+        buffer_size: int = 100_000,
+        stride: int | None = None,
+        priority_exponent: float = 0.0,
+        storage: Literal["memory", "disk"] = "memory",
+        save_replay: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(env, **options)
+        check_range({"steps_per_block": steps_per_block, "buffer_size": buffer_size}, 1, 2**31 - 1)
+        check_range({"stride": stride}, 1, 2**31 - 1)
+        check_range({"priority_exponent": priority_exponent}, 0, 10)
+        self.steps_per_block = steps_per_block
+        self.buffer_size = buffer_size
+        self.stride = stride
+        self.priority_exponent = priority_exponent
+        self.storage: Literal["memory", "disk"] = storage
+        self.save_replay = save_replay
+        self.replay: WindowReplay | None = None
+        self._saved_replay: str | None = None
+        self._saved_at: int | None = None
+
+    def check_window(self, shape: WindowShape, batch_size: int) -> None:
+        """Raises `UserError` where such windows, or so many of them, do not fit."""
+        stride = self.stride or shape.window
+        if stride > shape.window:
+            raise UserError(
+                f"stride {stride} would leave out steps between windows of {shape.window}: make it at most "
+                "the window"
+            )
+        spec = gym.registry.get(self.env.id)
+        limit = self.env.time_limit or (spec.max_episode_steps if spec is not None else None)
+        if limit is not None and shape.window > limit:
+            raise UserError(
+                f"a window of {shape.window} steps is longer than an episode of {self.env.id} ({limit}): "
+                "shorten it"
+            )
+        if shape.window + shape.lookahead > self.buffer_size:
+            raise UserError(
+                f"a window of {shape.window} + {shape.lookahead} steps is longer than the replay "
+                f"({self.buffer_size} steps): shorten it or raise buffer_size"
+            )
+        if self.buffer_size // stride < batch_size:
+            raise UserError(
+                f"a replay of {self.buffer_size // stride} windows is smaller than a batch of {batch_size}: "
+                "raise buffer_size or lower batch_size"
+            )
+
+    def train_dataloader(self) -> ReplayLoader:
+        assert self.trainer is not None
+        module = cast(LearnsFromWindows, self.trainer.lightning_module)
+        shape = module.window_shape
+        stride = self.stride or shape.window
+        collector = WindowCollector(
+            self.env.make,
+            module.agent,
+            **shape._asdict(),
+            stride=stride,
+            frames_per_batch=self.env.num_envs * self.steps_per_block,
+            seed=self._rank_seed(self.seed),
+            context=self.trainer.precision_plugin.forward_context,
+        )
+        self.replay = WindowReplay(
+            self.buffer_size // stride,
+            alpha=self.priority_exponent,
+            storage=self.storage,
+            seed=self._rank_seed(self.seed),
+        )
+        self._start(collector)
+        if self._saved_replay is not None and self.save_replay:
+            beside = Path(str(self.trainer.ckpt_path)).parent
+            self.replay.load(self._rank_folder(beside / self._saved_replay), collector.windows())
+        self._saved_replay = None
+        return ReplayLoader(collector, self.replay, self._batches_per_epoch(collector))
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The collectors' state, and the name of the folder beside the checkpoint that has the replay."""
+        state = super().state_dict()
+        if self.replay is not None and self.save_replay:
+            state[REPLAY] = self._save_replay()
+        return state
+
+    def _save_replay(self) -> str:
+        """Every rank its own. What an older checkpoint refers to stays until that is replaced."""
+        trainer, replay = self.trainer, self.replay
+        assert trainer is not None
+        assert replay is not None
+        frames = cast(LearnsFromWindows, trainer.lightning_module).frames
+        name = f"{REPLAY}/frames_{frames}"
+        if self._saved_at != frames:  # else another checkpoint of the same moment has it
+            folder = self._rank_folder(self._beside_checkpoints() / name)
+            together(lambda: replay.save(folder))
+            self._saved_at = frames
+        return name
+
+    def _beside_checkpoints(self) -> Path:
+        assert self.trainer is not None
+        callback = self.trainer.checkpoint_callback
+        folder = getattr(callback, "dirpath", None) or self.trainer.default_root_dir
+        return Path(folder)
+
+    def _rank_folder(self, folder: Path) -> Path:
+        assert self.trainer is not None
+        return folder / f"rank_{self.trainer.global_rank}"
+
+    def after_last_checkpoint(self) -> None:
+        """Deletes the replays that the newest last checkpoint does not refer to."""
+        if self._saved_at is None or self.trainer is None or not self.trainer.is_global_zero:
+            return
+        for folder in (self._beside_checkpoints() / REPLAY).glob("frames_*"):
+            if folder.name != f"frames_{self._saved_at}":
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._saved_replay = state_dict.get(REPLAY)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self.replay = None

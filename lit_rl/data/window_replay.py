@@ -1,0 +1,168 @@
+"""Replay of whole windows on TorchRL's storage and its prioritized sampler.
+
+Shapes: W windows stored, M drawn. A window keeps its place until the ring comes round to it and writes
+another whole window there, so that none is ever a mixture of two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampler
+
+from lit_rl.errors import UserError
+
+FORMAT = "windows.json"  # what the windows of a saved replay look like
+
+
+class Drawn(NamedTuple):
+    """M windows."""
+
+    windows: TensorDict
+    """``[M]``"""
+    weight: Tensor
+    """Importance weights ``[M]``, at most 1: ``(p_min / p_i) ** beta``; ones where drawn uniformly."""
+    at: Tensor
+    """int64 ``[M]``, for `WindowReplay.update_priority`."""
+
+
+class WindowReplay:
+    """A ring of windows, drawn uniformly or in proportion to ``priority ** alpha``.
+
+    Prioritized replay is that of Schaul et al. 2016 (arXiv 1511.05952, section 3.3 and 3.4): a window's first
+    priority is the highest so far, and importance weights are divided by the largest of all stored windows.
+
+    Args:
+        capacity: windows.
+        alpha: exponent of the priorities; 0 draws uniformly.
+        storage: in `memory`, or memory-mapped on `disk` (large observations), in a folder that goes with
+            this object.
+        seed: of the random state that draws.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        alpha: float = 0.0,
+        storage: Literal["memory", "disk"] = "memory",
+        seed: int = 0,
+    ) -> None:
+        self.capacity = capacity
+        self.is_prioritized = alpha > 0
+        self._scratch: tempfile.TemporaryDirectory | None = None
+        ring: LazyTensorStorage | LazyMemmapStorage
+        if storage == "disk":
+            self._scratch = tempfile.TemporaryDirectory(prefix="lit_rl_replay_")
+            ring = LazyMemmapStorage(capacity, scratch_dir=self._scratch.name)
+        else:
+            ring = LazyTensorStorage(capacity)
+        self._sampler = PrioritizedSampler(capacity, alpha, 0.0) if self.is_prioritized else RandomSampler()
+        self._buffer = ReplayBuffer(
+            storage=ring, sampler=self._sampler, generator=torch.Generator().manual_seed(seed)
+        )
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    def extend(self, windows: TensorDict) -> None:
+        """Stores windows ``[W]``, over the oldest ones once the ring is full."""
+        if len(windows):
+            self._buffer.extend(windows[-self.capacity :])
+
+    def sample(self, size: int, *, beta: float = 1.0) -> Drawn:
+        """Draws windows, with replacement.
+
+        Args:
+            size: M.
+            beta: how much of the bias of prioritized drawing the weights correct, 0 to 1.
+        """
+        if self.is_prioritized:
+            self._sampler.beta = beta
+        windows, info = self._buffer.sample(size, return_info=True)
+        weight = info.get("priority_weight")
+        return Drawn(windows, torch.ones(size) if weight is None else weight.float(), info["index"])
+
+    def update_priority(self, index: Tensor, priority: Tensor) -> None:
+        """New priorities ``[M]``, above 0, of the windows at `index`."""
+        if self.is_prioritized:
+            self._buffer.update_priority(index, priority)
+
+    # ------------------------------------------------------------------ on disk
+
+    def save(self, folder: Path) -> None:
+        """Writes everything, random state included, to a new `folder`; raises `UserError` if it cannot.
+
+        It is written beside its place and then renamed: a folder of that name is whole.
+        """
+        partial = folder.with_name(folder.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            stored = self._stored()
+            need = 0 if stored is None else stored.bytes() + 2**20
+            if shutil.disk_usage(partial).free < need:  # a memory map that finds no room kills the process
+                raise OSError(f"{need / 2**20:.0f} MiB are needed and not free")
+            if stored is not None:
+                self._buffer.dumps(partial)
+            (partial / FORMAT).write_text(json.dumps(self._format(stored)))
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could refer to it
+            os.replace(partial, folder)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"cannot write the replay to {folder} ({reason}): the one before it is whole; make room, "
+                "then go on with --ckpt_path last, or do without it: --data.save_replay false"
+            ) from error
+
+    def load(self, folder: Path, like: TensorDict) -> None:
+        """Reads what `save` wrote; raises `UserError` if it is damaged or holds other windows than `like`."""
+        instead = "start anew without --ckpt_path, or go on with an empty replay: --data.save_replay false"
+        if not (folder / FORMAT).is_file():
+            raise UserError(f"no whole replay at {folder}: {instead}")
+        try:
+            saved = json.loads((folder / FORMAT).read_text())
+            mine = self._format(like) | {"windows": saved["windows"]}
+            different = sorted(key for key in saved.keys() | mine.keys() if saved.get(key) != mine.get(key))
+            if saved["windows"] and different:
+                key = different[0]
+                raise UserError(
+                    f"the replay at {folder} holds other windows: {key} is {saved.get(key, 'absent')} there "
+                    f"and {mine.get(key, 'absent')} in this run: use the options of the run that made it, or "
+                    "go on with an empty replay: --data.save_replay false"
+                )
+            if saved["windows"]:
+                self._buffer.loads(folder)
+            if len(self) != saved["windows"]:
+                raise ValueError(f"{len(self)} windows of {saved['windows']}")
+        except UserError:
+            raise
+        except Exception as error:  # whatever damage does to TorchRL's files
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"the replay at {folder} is damaged ({reason}): {instead}") from error
+
+    def _stored(self) -> TensorDictBase | None:
+        return self._buffer.storage[:] if len(self) else None
+
+    def _format(self, windows: TensorDictBase | None) -> dict[str, object]:
+        leaves = {} if windows is None else dict(windows.items(True, True))
+        shapes = {
+            ".".join([name] if isinstance(name, str) else name): f"{list(leaf.shape[1:])} {leaf.dtype}"
+            for name, leaf in leaves.items()
+        }
+        return {
+            "capacity": self.capacity,
+            "prioritized": self.is_prioritized,
+            "windows": 0 if windows is None else len(windows),
+            **shapes,
+        }

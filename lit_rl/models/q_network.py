@@ -1,0 +1,145 @@
+"""The Q-network: action values over any trunk, and how it explores.
+
+Shapes: N sequences (environments or windows), T steps, A actions, Z numbers an action (`QHead`), D latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from torch import Generator, Tensor
+
+from lit_rl.errors import UserError
+from lit_rl.models.agent import Agent, TrunkFactory, leaves_no_graph
+from lit_rl.models.encoder import Observation, one_line
+from lit_rl.models.q_heads import QHead
+from lit_rl.models.windowed import Windowed
+
+HeadFactory = Callable[[int, int], QHead]
+Exploration = Literal["epsilon_greedy", "softmax"]
+
+
+class QAction(NamedTuple):
+    """One acting step of N environments."""
+
+    action: Tensor
+    """int64 ``[N]``, counted from 0"""
+    latent: Tensor
+    """What the trunk made of the observation (and all before it), ``[N, D]``."""
+    state: TensorDict
+    """Memory after this step, ``[N]``."""
+
+
+class QNetwork(Agent):
+    """Action values of a discrete action space.
+
+    `exploration_rate` is the share of random actions, or the temperature of the softmax over action
+    values; the algorithm sets it.
+
+    Args:
+        observation_space, action_space: of a single environment.
+        trunk: makes a trunk for a number of input features.
+        head: makes a head for a number of features and of actions.
+        encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        exploration: how actions are sampled.
+        acting_window: act on the last so many observations alone, from an empty memory, instead of
+            carrying memory along (Latent Mamba-DQN's way); carry it if absent.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        trunk: TrunkFactory,
+        head: HeadFactory,
+        *,
+        encoder_width: int | None = None,
+        exploration: Exploration = "epsilon_greedy",
+        acting_window: int | None = None,
+    ) -> None:
+        if not isinstance(action_space, spaces.Discrete):
+            raise UserError(
+                f"LitDQN chooses among discrete actions, not in {one_line(action_space)}: use LitPPO"
+            )
+        super().__init__(observation_space, trunk, encoder_width=encoder_width)
+        self.num_actions = int(action_space.n)
+        self.start = int(action_space.start)
+        self.head = head(self.trunk.out_features, self.num_actions)
+        self.exploration = exploration
+        self.exploration_rate = 0.0
+        self.windowed: Windowed | None = None
+        if acting_window is not None and not self.is_memoryless:
+            self.windowed = Windowed(self.trunk, self.encoder.out_features, acting_window)
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        """Memory ``[N]`` of an agent that acts, at the start of an episode."""
+        return (self.windowed or self.trunk).initial_state(batch_size)
+
+    def forward(
+        self, observation: Observation, state: TensorDict, is_init: Tensor
+    ) -> tuple[Tensor, Tensor, TensorDict]:
+        """What the head gives ``[N, T, A, Z]``, latents ``[N, T, D]``, the trunk state after the last step.
+
+        Args:
+            observation: ``[N, T, ...]``, or a mapping of such for a Dict space.
+            state: the trunk's state ``[N]`` before the first step.
+            is_init: bool ``[N, T]``, first observation of an episode.
+        """
+        latent, state = self.trunk(self.encoder(observation), state, is_init)
+        return self._in_float32(self.head, latent), latent, state
+
+    @leaves_no_graph
+    def act(
+        self,
+        observation: Observation,
+        state: TensorDict,
+        is_init: Tensor,
+        *,
+        greedy: bool = False,
+        noise: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> QAction:
+        """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``.
+
+        Explores with `noise` (of `noise`) or else with random numbers from `generator`, unless `greedy`.
+        """
+        latent, state = self.latent(observation, state, is_init)
+        values = self.head.values(self._in_float32(self.head, latent))
+        if greedy:
+            return QAction(values.argmax(-1), latent, state)
+        noise = self.noise(len(values), generator=generator) if noise is None else noise
+        return QAction(self.explore(values, noise), latent, state)
+
+    @leaves_no_graph
+    def latent(
+        self, observation: Observation, state: TensorDict, is_init: Tensor
+    ) -> tuple[Tensor, TensorDict]:
+        """Latents ``[N, D]`` of observations ``[N, ...]`` while acting, and the memory after them."""
+        features = self.encoder(self._add_time(observation))
+        latent, state = (self.windowed or self.trunk)(features, state, is_init.unsqueeze(1))
+        return latent.squeeze(1), state
+
+    def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:
+        """Random numbers ``[*shape, 1 + A]`` for `explore`: many steps' worth in one call."""
+        device = next(self.parameters()).device
+        return torch.rand(*shape, 1 + self.num_actions, generator=generator, device=device)
+
+    def explore(self, values: Tensor, noise: Tensor) -> Tensor:
+        """Actions ``[...]`` for action values ``[..., A]``.
+
+        `epsilon_greedy`: a random one with probability `exploration_rate`, else the best. `softmax`: action
+        a with probability proportional to ``exp(values_a / exploration_rate)``, drawn by the Gumbel-max
+        trick (Maddison et al. 2014, arXiv 1411.0030).
+        """
+        coin, race = noise[..., 0], noise[..., 1:]
+        if self.exploration == "epsilon_greedy":
+            return torch.where(coin < self.exploration_rate, race.argmax(-1), values.argmax(-1))
+        gumbel = -(-race.clamp_min(torch.finfo(race.dtype).tiny).log()).log()
+        return (values + self.exploration_rate * gumbel).argmax(-1)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        return action + self.start if self.start else action
