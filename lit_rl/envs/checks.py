@@ -1,6 +1,7 @@
 """What a configuration may ask for: each refusal is one line with the way out."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ from lit_rl.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from lit_rl.envs.config import EnvConfig
+
+HIGHWAY_ID = re.compile(
+    "(highway|merge|roundabout|intersection|exit|two-way|u-turn|lane-keeping|racetrack|parking)"
+    r"(-[A-Za-z-]+)?-v\d+"
+)
 
 
 def check_config(config: "EnvConfig", num_envs: int) -> None:
@@ -57,6 +63,11 @@ def is_minigrid(env_id: str) -> bool:
 def is_atari(env_id: str) -> bool:
     """Whether the id names an environment of the `ale_py` package."""
     return env_id.startswith("ALE/")
+
+
+def is_highway(env_id: str) -> bool:
+    """Whether the id names an environment of the `highway-env` package."""
+    return HIGHWAY_ID.fullmatch(env_id) is not None
 
 
 def unknown_id(env_id: str, known: Iterable[str], backend: str) -> UserError:

@@ -19,7 +19,7 @@ class EnvConfig:
         num_envs: Rows of the batch.
         backend: `gymnasium`, or `envpool` (an extra).
         vectorization: Gymnasium only: all rows in this process, or one process a row.
-        kwargs: Options of the environment itself.
+        kwargs: Options of the environment itself, those of highway-env within a `config`.
         time_limit: Steps after which an episode is truncated; none keeps the environment's own limit.
         frame_stack: Observations seen at once, the newest last.
         mask_velocity: Drop the velocities (classic control and LunarLander).

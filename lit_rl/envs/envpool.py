@@ -7,6 +7,7 @@ What differs from gymnasium and is put right here:
 - Its seed is 42 unless given, and can be given at construction only: none becomes a random one, and a seeded
   reset builds the pool again.
 - Atari: sticky actions, the start of the game and the frame stack are set as the ids `ALE/...-v5` have them.
+- Highway: options, the side of lane changes and the kind of end; see `lit_rl.envs.highway`.
 - Box2D: the smallest positive number stands where the lower bound should be minus infinity.
 - MiniGrid: a smaller `agent_view_size` crashes the process; `lit_rl.envs.minigrid` crops on every backend.
 - Rendering MuJoCo without OpenGL ends the process: rendering is refused.
@@ -15,6 +16,7 @@ What stays: an episode that terminates exactly at its time limit is reported as 
 """
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -23,7 +25,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from lit_rl.envs.checks import cause_of, is_atari, is_minigrid, unknown_id
+from lit_rl.envs.checks import cause_of, is_atari, is_highway, is_minigrid, unknown_id
+from lit_rl.envs.highway import HighwayPort
 from lit_rl.envs.minigrid import NATIVE_VIEW, symbolic_space
 from lit_rl.envs.vector import Obs, StepResult, base_seed, env_fault, map_leaves, success_of
 from lit_rl.envs.wrappers import is_floating, leaf_spaces, map_space
@@ -52,6 +55,9 @@ def make_envpool(config: "EnvConfig", num_envs: int, seed: int | None, render_mo
     if task_id not in known:
         raise unknown_id(config.id, known, "envpool")
     options: dict[str, Any] = {"num_threads": default_threads(num_envs)}
+    if is_highway(config.id):
+        port = HighwayPort(config)
+        return EnvPoolVectorEnv(task_id, num_envs, seed, options | port.options, port.adapt)
     if is_atari(config.id):
         options |= ATARI_OPTIONS
     options |= config.kwargs
@@ -66,12 +72,19 @@ def default_threads(num_envs: int) -> int:
 
 
 class EnvPoolVectorEnv(VectorEnv):
-    """A pool in sync mode that resets ended rows within the step."""
+    """A pool in sync mode that resets ended rows within the step; `adapt` puts right what a pool does."""
 
-    def __init__(self, task_id: str, num_envs: int, seed: int | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        task_id: str,
+        num_envs: int,
+        seed: int | None,
+        options: dict[str, Any],
+        adapt: Callable[[Any], Any] = lambda pool: pool,
+    ) -> None:
         self.num_envs = num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self._task_id, self._options = task_id, options
+        self._task_id, self._options, self._adapt = task_id, options, adapt
         self._pool = self._build(seed)
         if is_minigrid(task_id):
             self.single_observation_space = symbolic_space(NATIVE_VIEW)
@@ -88,13 +101,14 @@ class EnvPoolVectorEnv(VectorEnv):
         first = int(np.random.default_rng().integers(2**30)) if seed is None else base_seed(seed)
         try:
             # batch_size is the pool's sync mode; EnvPool seeds row i with seed + i
-            return make_gymnasium(
+            pool = make_gymnasium(
                 self._task_id, num_envs=self.num_envs, batch_size=self.num_envs, seed=first, **self._options
             )
         except Exception as exc:
             raise UserError(
                 f"{self._task_id} cannot be made by EnvPool ({cause_of(exc)}): check env.kwargs"
             ) from exc
+        return self._adapt(pool)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict]:
         if seed is not None:

@@ -10,7 +10,8 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
-from lit_rl.envs.checks import cause_of, is_atari, is_minigrid, unknown_id
+from lit_rl.envs.checks import cause_of, is_atari, is_highway, is_minigrid, unknown_id
+from lit_rl.envs.highway import make_highway
 from lit_rl.envs.minigrid import SymbolicView
 from lit_rl.envs.vector import FirstSeed, GuardedEnv, SameStepVectorEnv, StepResult, map_leaves
 from lit_rl.errors import UserError
@@ -131,6 +132,12 @@ def register_package(env_id: str) -> None:
         except ImportError as exc:
             raise UserError(f"{env_id} needs an extra ({exc}): pip install 'lit-rl[atari]'") from exc
         gym.register_envs(ale_py)
+    elif is_highway(env_id):
+        try:
+            import highway_env
+        except ImportError as exc:
+            raise UserError(f"{env_id} needs an extra ({exc}): pip install 'lit-rl[highway]'") from exc
+        gym.register_envs(highway_env)
     elif is_mujoco(env_id):
         import mujoco
 
@@ -143,6 +150,8 @@ def _make(config: "EnvConfig", render_mode: str | None) -> gym.Env:
         options["render_mode"] = render_mode
     if is_atari(config.id):
         return _make_atari(config, options)
+    if is_highway(config.id):
+        return make_highway(config, options)
     if is_minigrid(config.id):
         if config.time_limit is not None:  # its own limit, which the reward 1 - 0.9 t / max_steps knows of
             options["max_steps"] = config.time_limit
