@@ -187,13 +187,13 @@ class WindowCollector(EnvCollector):
     def windows(self) -> TensorDict:
         """The windows ``[W]`` that have become complete; each is given once."""
         L = self.window + self.lookahead
-        C = self._stream[keys.ACTION].shape[1]
-        first: list[np.ndarray] = []
-        for row, (start, count) in enumerate(zip(self._start, self._count, strict=True)):
-            starts = np.arange(start, count - L + 1, self.stride)
-            self._start[row] += self.stride * len(starts)
-            first.append(starts + row * C)
-        at_WL = np.concatenate(first)[:, None] + np.arange(L)
+        E, C = self._stream[keys.ACTION].shape
+        complete_E = np.maximum((self._count - L - self._start) // self.stride + 1, 0)
+        row_W = np.repeat(np.arange(E), complete_E)
+        number_W = np.arange(len(row_W)) - (complete_E.cumsum() - complete_E)[row_W]  # within its row
+        start_W = row_W * C + self._start[row_W] + self.stride * number_W
+        self._start += self.stride * complete_E
+        at_WL = start_W[:, None] + np.arange(L)
         has_action = self._stream[keys.HAS_ACTION].reshape(-1)
         at_WL = at_WL[has_action[at_WL[:, self.unlearnt : self.window]].any(1)]
 
@@ -213,18 +213,20 @@ class WindowCollector(EnvCollector):
         """Drops what no window needs any more, where the next batch might not fit."""
         if self._count.max() + self._room <= self._stream[keys.ACTION].shape[1]:
             return
-        for row, (start, count) in enumerate(zip(self._start, self._count, strict=True)):
-            kept, left = slice(start, count), slice(0, count - start)
+        row_E1 = np.arange(len(self._count))[:, None]
+        kept = int((self._count - self._start).max())
+        # Rows that keep less take along what lies behind it, which is overwritten before it is read.
+        at_EK = np.minimum(self._start[:, None] + np.arange(kept), self._stream[keys.ACTION].shape[1] - 1)
 
-            def move(stream: Any, row: int = row, kept: slice = kept, left: slice = left) -> None:
-                stream[row, left] = stream[row, kept].copy()
+        def move(stream: np.ndarray) -> None:
+            stream[:, :kept] = stream[row_E1, at_EK]
 
-            map_leaves(move, self._observation)
-            map_leaves(move, self._stream)
-            if self._states is not None:
-                self._states[row, left] = self._states[row, kept].clone()
-            self._count[row] -= start
-            self._start[row] = 0
+        map_leaves(move, self._observation)
+        map_leaves(move, self._stream)
+        if self._states is not None:
+            self._states[:, :kept] = self._states[torch.from_numpy(row_E1), torch.from_numpy(at_EK)]
+        self._count -= self._start
+        self._start[:] = 0
 
     def reset(self, seed: int | None = None) -> None:
         """Starts a new episode in every environment, and with it a new stream."""
