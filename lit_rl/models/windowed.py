@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_rl.trunks import Trunk
 
-FEATURES, IS_INIT = "features", "is_init"
+FEATURES = "features"  # [B, W - 1, F]
+STARTS = "starts"  # bool [B, W]: where an episode begins, at these inputs and at the one to come
 
 
 class Windowed(Trunk):
@@ -38,8 +40,8 @@ class Windowed(Trunk):
         return TensorDict(
             {
                 FEATURES: parameter.new_zeros(batch_size, past, self.in_features),
-                # Every empty place begins an episode of its own, so that none leaves a trace.
-                IS_INIT: torch.ones(batch_size, past, dtype=torch.bool, device=parameter.device),
+                # Every empty place begins an episode of its own, and the first input another: no trace.
+                STARTS: torch.ones(batch_size, past + 1, dtype=torch.bool, device=parameter.device),
             },
             batch_size=[batch_size],
         )
@@ -48,15 +50,13 @@ class Windowed(Trunk):
         B, T, F = x.shape
         W, trunk = self.window, self._trunk[0]
         features = torch.cat([state[FEATURES], x.to(state[FEATURES].dtype)], 1)  # [B, W - 1 + T, F]
-        flags = torch.cat([state[IS_INIT], is_init], 1)
-        if T > 1:
-            windows_BTFW, flags_BTW = features.unfold(1, W, 1), flags.unfold(1, W, 1)
-            windows, window_flags = (
-                windows_BTFW.transpose(2, 3).reshape(B * T, W, F),
-                flags_BTW.reshape(-1, W),
-            )
+        starts = pad(state[STARTS], (0, T - 1))  # [B, W - 1 + T]
+        starts[:, W - 1 :] |= is_init
+        if T == 1:
+            windows, is_init_in_windows = features, starts
         else:
-            windows, window_flags = features, flags
-        y, _ = trunk(windows, trunk.initial_state(B * T), window_flags)
-        past = {FEATURES: features[:, T:], IS_INIT: flags[:, T:]}
+            windows = features.unfold(1, W, 1).transpose(2, 3).reshape(B * T, W, F)
+            is_init_in_windows = starts.unfold(1, W, 1).reshape(B * T, W)
+        y, _ = trunk(windows, trunk.initial_state(B * T), is_init_in_windows)
+        past = {FEATURES: features[:, T:], STARTS: pad(starts[:, T:], (0, 1))}
         return y[:, -1].view(B, T, -1), TensorDict(past, batch_size=state.batch_size, device=state.device)
