@@ -358,7 +358,7 @@ def _in_one_line(error: Exception, argv: list[str]) -> UserError:
 
 def main(argv: list[str]) -> int:
     """Runs one of fit, validate, test and predict; returns the exit code."""
-    for noisy in ("lightning.pytorch", "lightning.fabric"):
+    for noisy in ("lightning.pytorch", "lightning.fabric", "torchrl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Lightning speaks of worker processes, which loaders of rollouts and episodes have no use for.
     warnings.filterwarnings("ignore", module="lightning")

@@ -2,7 +2,8 @@
 
 ``python -m lit_rl.benchmarks.curves logs/ppo_halfcheetah --out logs/benchmarks/ppo_halfcheetah`` reads the
 TensorBoard events and configurations of the runs in one or more folders, prints a table, writes `curve.csv`
-and `curve.png`. ``--metric success`` draws successes in the place of returns.
+and `curve.png`. ``--metric success`` draws successes in the place of returns. Several seeds are summed up as
+mean, interquartile mean and the 95 % bootstrap interval of the mean (Agarwal et al. 2021, arXiv 2108.13264).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Run:
     evaluation: Points
     """Means of greedy evaluations."""
     training: Points
-    """Means of the training episodes of a rollout."""
+    """Means of the training episodes of a record."""
+    td_loss: Points
+    """Where there is such a thing."""
 
     @classmethod
     def read(cls, folder: Path, metric: str) -> Run:
@@ -42,9 +45,13 @@ class Run:
         tags = [f"{kind}/{metric}" for kind in ("val", "episode")]
         if not set(tags) <= set(events.Tags()["scalars"]):
             raise UserError(f"{folder} has no {' and '.join(tags)}: choose another --metric or run")
-        evaluation, training = ([(event.step, event.value) for event in events.Scalars(tag)] for tag in tags)
+        if "train/td_loss" in events.Tags()["scalars"]:
+            tags.append("train/td_loss")
+        evaluation, training, *td_loss = (
+            [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags
+        )
         seed = yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"]
-        return cls(folder.parent.name, seed, evaluation, training)
+        return cls(folder.parent.name, seed, evaluation, training, td_loss[0] if td_loss else [])
 
     @property
     def final(self) -> float:
@@ -53,28 +60,60 @@ class Run:
     @property
     def last_tenth(self) -> float:
         """Mean of training over the last tenth of its frames."""
-        start = 0.9 * self.training[-1][0]
-        return float(np.mean([value for step, value in self.training if step > start]))
+        return over_last_tenth(self.training)
+
+    @property
+    def whole_training(self) -> float:
+        """Mean of training over all records."""
+        return float(np.mean([value for _, value in self.training]))
+
+
+def over_last_tenth(points: Points) -> float:
+    start = 0.9 * points[-1][0]
+    return float(np.mean([value for step, value in points if step > start]))
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter (rounded down)."""
+    cut = len(values) // 4
+    return float(np.mean(sorted(values)[cut : len(values) - cut]))
+
+
+def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values), (resamples, len(values))).mean(1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def table(runs: Sequence[Run], digits: int) -> str:
     """Final values of each seed, and over the seeds of a name, in Markdown."""
-    lines = [
-        "| run | seed | greedy evaluation at the end | training episodes, last tenth |",
-        "|---|---|---|---|",
-    ]
+    columns = {
+        "greedy evaluation at the end": lambda run: run.final,
+        "training episodes, last tenth": lambda run: run.last_tenth,
+        "training episodes, all": lambda run: run.whole_training,
+    }
+    losses = any(run.td_loss for run in runs)
+    head = ["run", "seed", *columns, *(["TD loss, last tenth"] if losses else [])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        lines += [
-            f"| {name} | {run.seed} | {run.final:.{digits}f} | {run.last_tenth:.{digits}f} |" for run in mine
-        ]
+        for run in mine:
+            cells = [f"{value(run):.{digits}f}" for value in columns.values()]
+            cells += [f"{over_last_tenth(run.td_loss):.3g}"] if run.td_loss else ["-"] * losses
+            lines.append(f"| {name} | {run.seed} | {' | '.join(cells)} |")
         if len(mine) > 1:
-            spread = [
-                f"{np.mean(of):.{digits}f} +- {np.std(of):.{digits}f}"
-                for of in ([run.final for run in mine], [run.last_tenth for run in mine])
-            ]
-            lines.append(f"| {name} | mean +- std | {' | '.join(spread)} |")
+            cells = [summary([value(run) for run in mine], digits) for value in columns.values()]
+            lines.append(f"| {name} | mean, IQM, interval | {' | '.join(cells)} |{' - |' * losses}")
     return "\n".join(lines) + "\n"
+
+
+def summary(values: Sequence[float], digits: int) -> str:
+    low, high = bootstrap_interval(values)
+    return (
+        f"{np.mean(values):.{digits}f}, {interquartile_mean(values):.{digits}f}, "
+        f"{low:.{digits}f} to {high:.{digits}f}"
+    )
 
 
 def draw(runs: Sequence[Run], metric: str, path: Path) -> None:

@@ -1,24 +1,17 @@
 """PPO on CartPole-v1 beside stable-baselines3: ``python -m lit_rl.benchmarks.ppo_speed``.
 
-The same settings (8 environments x 128 steps, 4 epochs of 4 minibatches, separate 64 x 64 tanh networks,
-one torch thread), turn about, each run in a process of its own as a user would start it: Lightning sets an
-environment variable that would slow the peer down. A run's first rollouts are not counted. Ours writes
-TensorBoard records as every run does; the peer logs nothing.
+The same settings: 8 environments x 128 steps, 4 epochs of 4 minibatches, separate 64 x 64 tanh networks,
+one torch thread. A run's first rollouts are not counted. Ours writes TensorBoard records as every run does;
+the peer logs nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
+from lit_rl.benchmarks import pairs
 
 NUM_ENVS, ROLLOUT_LENGTH = 8, 128
 WARM_UP = 5  # rollouts
@@ -98,41 +91,5 @@ PEER = "stable-baselines3"
 RUNS = {"lit_rl": ours, "lit_rl compile_loss": ours_compiled, PEER: stable_baselines3}
 
 
-def in_a_process(which: str, frames: int, seed: int) -> float:
-    command = [sys.executable, "-m", "lit_rl.benchmarks.ppo_speed", "--only", which]
-    command += ["--frames", str(frames), "--seed", str(seed)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.splitlines()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--frames", type=int, default=60_000)
-    parser.add_argument("--only", choices=RUNS, help="one run: print its steps a second")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="where the pairs are kept")
-    arguments = parser.parse_args()
-
-    torch.set_num_threads(1)
-    if arguments.only:
-        print(RUNS[arguments.only](arguments.frames, arguments.seed))
-        return
-    rows: list[dict[str, float]] = []
-    for seed in range(arguments.pairs):
-        speeds = {name: in_a_process(name, arguments.frames, seed) for name in RUNS}
-        ratios = {f"{name} / {PEER}": speeds[name] / speeds[PEER] for name in RUNS if name != PEER}
-        rows.append({"seed": seed} | {k: round(v) for k, v in speeds.items()} | ratios)
-        print(", ".join(f"{name} {speed:,.0f} steps/s" for name, speed in speeds.items()), flush=True)
-    for name in ratios:
-        values = [row[name] for row in rows]
-        print(f"{name}: median {statistics.median(values):.2f}, min {min(values):.2f}, max {max(values):.2f}")
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({key: round(value, 3) for key, value in row.items()} for row in rows)
-
-
 if __name__ == "__main__":
-    main()
+    pairs.main("lit_rl.benchmarks.ppo_speed", RUNS, PEER, pairs=7, frames=60_000)

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -28,16 +29,37 @@ def test_seeds_of_two_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert curves.main(arguments) == 0
     # Training succeeds in its last tenth alone.
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| one | 1 | 0.50 | 1.00 |",
-        "| one | 2 | 1.00 | 1.00 |",
-        "| one | mean +- std | 0.75 +- 0.25 | 1.00 +- 0.00 |",
-        "| two | 1 | 0.25 | 1.00 |",
+        "| one | 1 | 0.50 | 1.00 | 0.10 |",
+        "| one | 2 | 1.00 | 1.00 | 0.10 |",
+        "| one | mean, IQM, interval | 0.75, 0.75, 0.50 to 1.00 | 1.00, 1.00, 1.00 to 1.00 "
+        "| 0.10, 0.10, 0.10 to 0.10 |",
+        "| two | 1 | 0.25 | 1.00 | 0.10 |",
     ]
     kept = list(csv.DictReader((tmp_path / "out" / "curve.csv").read_text().splitlines()))
     assert [row["success"] for row in kept if row["curve"] == "evaluation"] == [
         "0.1", "0.5", "0.1", "1.0", "0.1", "0.25",
     ]  # fmt: skip
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_td_losses_are_a_column_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fake_run(tmp_path / "dqn" / "version_0", 1, 0.5)
+    with SummaryWriter(str(tmp_path / "dqn" / "version_0")) as writer:
+        for step, loss in ((500, 3.0), (950, 0.25), (1000, 0.75)):
+            writer.add_scalar("train/td_loss", loss, step)
+    assert curves.main([str(tmp_path / "dqn"), "--metric", "success", "--out", str(tmp_path / "out")]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head.endswith("| TD loss, last tenth |")
+    assert row == "| dqn | 1 | 0.50 | 1.00 | 0.10 | 0.5 |"
+
+
+def test_sums_by_hand() -> None:
+    assert curves.interquartile_mean([9.0, 1.0, 2.0, 3.0, 100.0]) == pytest.approx((2 + 3 + 9) / 3)
+    assert curves.interquartile_mean([1.0, 3.0]) == 2.0
+    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
+    low, high = curves.bootstrap_interval(values)
+    normal = 1.96 * values.std() / len(values) ** 0.5
+    assert (low, high) == pytest.approx((values.mean() - normal, values.mean() + normal), abs=0.02)
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
