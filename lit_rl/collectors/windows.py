@@ -130,7 +130,7 @@ class WindowCollector(EnvCollector):
                 )
                 self._state = step.state
                 action = step.action.cpu().numpy()
-                values = {keys.ACTION: action.copy(), keys.IS_INIT: is_init, keys.HAS_ACTION: True}
+                values = {keys.ACTION: action, keys.IS_INIT: is_init, keys.HAS_ACTION: True}
                 if keys.LATENT in self._stream:
                     values[keys.LATENT] = step.latent.float().cpu().numpy()
                 self._append(every_row, observation, values)

@@ -15,9 +15,10 @@ from lit_rl.collectors import WindowCollector
 from lit_rl.data.base import EnvDataModule
 from lit_rl.data.window_replay import WindowReplay
 from lit_rl.envs import EnvConfig
+from lit_rl.envs.vector import base_seed
 from lit_rl.errors import UserError, check_range
 from lit_rl.models.q_network import QNetwork
-from lit_rl.ranks import together
+from lit_rl.ranks import gather_list, together
 
 REPLAY = "replay"
 
@@ -60,9 +61,12 @@ class ReplayLoader:
 
     def __iter__(self) -> Iterator[TensorDict]:
         for _ in range(self.blocks):
-            batch = together(self.collector.rollout)
-            self.replay.extend(batch[keys.WINDOWS])
-            yield batch[keys.EPISODES]
+            yield together(self._collect)
+
+    def _collect(self) -> TensorDict:
+        batch = self.collector.rollout()
+        self.replay.extend(batch[keys.WINDOWS])
+        return batch[keys.EPISODES]
 
 
 class ReplayDataModule(EnvDataModule):
@@ -109,8 +113,10 @@ class ReplayDataModule(EnvDataModule):
         self.storage: Literal["memory", "disk"] = storage
         self.save_replay = save_replay
         self.replay: WindowReplay | None = None
-        self._saved_replay: str | None = None
-        self._saved_at: int | None = None
+        self._resumed: Path | None = None
+        """the folder of the replay that a resumed run goes on with"""
+        self._saved: Path | None = None
+        """the folder that holds the replay as it is, or as it was when a checkpoint was last written"""
 
     def check_window(self, shape: WindowShape, batch_size: int) -> None:
         """Raises `UserError` where such windows, or so many of them, do not fit."""
@@ -152,17 +158,24 @@ class ReplayDataModule(EnvDataModule):
             seed=self._rank_seed(self.seed),
             context=self.trainer.precision_plugin.forward_context,
         )
-        self.replay = WindowReplay(
+        replay = WindowReplay(
             self.buffer_size // stride,
             alpha=self.priority_exponent,
             storage=self.storage,
-            seed=self._rank_seed(self.seed),
+            seed=base_seed(self._rank_seed(self.seed)),  # other numbers than those that explore
         )
+        going_on = self._collector_state is not None
         self._start(collector)
-        if self._saved_replay is not None and self.save_replay:
-            beside = Path(str(self.trainer.ckpt_path)).parent
-            self.replay.load(self._rank_folder(beside / self._saved_replay), collector.windows())
-        self._saved_replay = None
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+
+            def load() -> None:
+                if going_on:  # a rank that was not there before has none, and begins with an empty one
+                    replay.load(self._rank_folder(resumed), collector.windows())
+
+            together(load)
+        self.replay = replay
+        self._saved = resumed if all(gather_list([going_on])) else None
         return ReplayLoader(collector, self.replay, self._batches_per_epoch(collector))
 
     # ------------------------------------------------------------------ state
@@ -179,19 +192,18 @@ class ReplayDataModule(EnvDataModule):
         trainer, replay = self.trainer, self.replay
         assert trainer is not None
         assert replay is not None
-        frames = cast(LearnsFromWindows, trainer.lightning_module).frames
-        name = f"{REPLAY}/frames_{frames}"
-        if self._saved_at != frames:  # else another checkpoint of the same moment has it
-            folder = self._rank_folder(self._beside_checkpoints() / name)
-            together(lambda: replay.save(folder))
-            self._saved_at = frames
+        name = f"{REPLAY}/frames_{cast(LearnsFromWindows, trainer.lightning_module).frames}"
+        folder = self._beside_checkpoints() / name
+        if folder != self._saved:  # else another checkpoint of the same moment has it
+            together(lambda: replay.save(self._rank_folder(folder)))
+            self._saved = folder
         return name
 
     def _beside_checkpoints(self) -> Path:
         assert self.trainer is not None
-        callback = self.trainer.checkpoint_callback
-        folder = getattr(callback, "dirpath", None) or self.trainer.default_root_dir
-        return Path(folder)
+        # The last one: `LastCheckpoint` where the command runs it, whatever other callbacks there are.
+        *_, last = [None, *self.trainer.checkpoint_callbacks]
+        return Path(getattr(last, "dirpath", None) or self.trainer.default_root_dir).resolve()
 
     def _rank_folder(self, folder: Path) -> Path:
         assert self.trainer is not None
@@ -199,15 +211,17 @@ class ReplayDataModule(EnvDataModule):
 
     def after_last_checkpoint(self) -> None:
         """Deletes the replays that the newest last checkpoint does not refer to."""
-        if self._saved_at is None or self.trainer is None or not self.trainer.is_global_zero:
+        if self._saved is None or self.trainer is None or not self.trainer.is_global_zero:
             return
-        for folder in (self._beside_checkpoints() / REPLAY).glob("frames_*"):
-            if folder.name != f"frames_{self._saved_at}":
+        for folder in self._saved.parent.glob("frames_*"):
+            if folder != self._saved:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved_replay = state_dict.get(REPLAY)
+        assert self.trainer is not None
+        if self.save_replay and REPLAY in state_dict:
+            self._resumed = Path(str(self.trainer.ckpt_path)).resolve().parent / state_dict[REPLAY]
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)

@@ -12,7 +12,9 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import quote
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -21,7 +23,8 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampl
 
 from lit_rl.errors import UserError
 
-FORMAT = "windows.json"  # what the windows of a saved replay look like
+FORMAT = "windows.json"  # what the windows of a saved replay look like, and its files
+RANDOM_STATE, SAMPLER, WRITER = "random_state.npy", "sampler", "writer"
 
 
 class Drawn(NamedTuple):
@@ -58,6 +61,7 @@ class WindowReplay:
         seed: int = 0,
     ) -> None:
         self.capacity = capacity
+        self.alpha = alpha
         self.is_prioritized = alpha > 0
         self._scratch: tempfile.TemporaryDirectory | None = None
         ring: LazyTensorStorage | LazyMemmapStorage
@@ -67,17 +71,27 @@ class WindowReplay:
         else:
             ring = LazyTensorStorage(capacity)
         self._sampler = PrioritizedSampler(capacity, alpha, 0.0) if self.is_prioritized else RandomSampler()
-        self._buffer = ReplayBuffer(
-            storage=ring, sampler=self._sampler, generator=torch.Generator().manual_seed(seed)
-        )
+        self._generator = torch.Generator().manual_seed(seed)
+        self._buffer = ReplayBuffer(storage=ring, sampler=self._sampler, generator=self._generator)
 
     def __len__(self) -> int:
         return len(self._buffer)
 
     def extend(self, windows: TensorDict) -> None:
-        """Stores windows ``[W]``, over the oldest ones once the ring is full."""
-        if len(windows):
-            self._buffer.extend(windows[-self.capacity :])
+        """Stores windows ``[W]``, over the oldest ones once the ring is full.
+
+        Raises `UserError` where the first ones show that the disk has no room for the ring.
+        """
+        if not len(windows):
+            return
+        if self._scratch is not None and not len(self):
+            need = windows[0].bytes() * self.capacity
+            if shutil.disk_usage(self._scratch.name).free < need:  # see `save`
+                raise UserError(
+                    f"the replay needs {_mib(need)} at {self._scratch.name}, which are not free: make room, "
+                    "lower buffer_size, or set TMPDIR to another disk"
+                )
+        self._buffer.extend(windows[-self.capacity :])
 
     def sample(self, size: int, *, beta: float = 1.0) -> Drawn:
         """Draws windows, with replacement.
@@ -109,12 +123,17 @@ class WindowReplay:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             stored = self._stored()
-            need = 0 if stored is None else stored.bytes() + 2**20
+            need = 2**20 + 16 * self.capacity + (0 if stored is None else stored.bytes())
             if shutil.disk_usage(partial).free < need:  # a memory map that finds no room kills the process
-                raise OSError(f"{need / 2**20:.0f} MiB are needed and not free")
+                raise OSError(f"{_mib(need)} are needed and not free")
+            np.save(partial / RANDOM_STATE, self._generator.get_state().numpy())
             if stored is not None:
-                self._buffer.dumps(partial)
-            (partial / FORMAT).write_text(json.dumps(self._format(stored)))
+                for name, leaf in _leaves(stored).items():
+                    np.save(partial / _file(name), _as_bytes(leaf))
+                self._sampler.dumps(partial / SAMPLER)
+                self._buffer.writer.dumps(partial / WRITER)
+            files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
+            (partial / FORMAT).write_text(json.dumps(self._format(stored) | {"files": files}))
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could refer to it
             os.replace(partial, folder)
         except (OSError, RuntimeError) as error:
@@ -132,6 +151,7 @@ class WindowReplay:
             raise UserError(f"no whole replay at {folder}: {instead}")
         try:
             saved = json.loads((folder / FORMAT).read_text())
+            files = saved.pop("files")
             mine = self._format(like) | {"windows": saved["windows"]}
             different = sorted(key for key in saved.keys() | mine.keys() if saved.get(key) != mine.get(key))
             if saved["windows"] and different:
@@ -141,10 +161,18 @@ class WindowReplay:
                     f"and {mine.get(key, 'absent')} in this run: use the options of the run that made it, or "
                     "go on with an empty replay: --data.save_replay false"
                 )
+            for name, size in files.items():  # a memory map would fill up with zeros what is cut off
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{name} is cut off")
+            self._generator.set_state(torch.from_numpy(np.load(folder / RANDOM_STATE)))
             if saved["windows"]:
-                self._buffer.loads(folder)
-            if len(self) != saved["windows"]:
-                raise ValueError(f"{len(self)} windows of {saved['windows']}")
+                self._sampler.loads(folder / SAMPLER)
+                if self.is_prioritized:
+                    self._sampler.alpha = self.alpha  # this run's, applied to the saved priorities
+                self._buffer.storage.set(
+                    torch.arange(saved["windows"]), _read(folder, like, saved["windows"])
+                )
+                self._buffer.writer.loads(folder / WRITER)
         except UserError:
             raise
         except Exception as error:  # whatever damage does to TorchRL's files
@@ -155,14 +183,46 @@ class WindowReplay:
         return self._buffer.storage[:] if len(self) else None
 
     def _format(self, windows: TensorDictBase | None) -> dict[str, object]:
-        leaves = {} if windows is None else dict(windows.items(True, True))
-        shapes = {
-            ".".join([name] if isinstance(name, str) else name): f"{list(leaf.shape[1:])} {leaf.dtype}"
-            for name, leaf in leaves.items()
-        }
+        leaves = {} if windows is None else _leaves(windows)
+        shapes = {name: f"{list(leaf.shape[1:])} {leaf.dtype}" for name, leaf in leaves.items()}
         return {
             "capacity": self.capacity,
             "prioritized": self.is_prioritized,
             "windows": 0 if windows is None else len(windows),
             **shapes,
         }
+
+
+def _leaves(windows: TensorDictBase) -> dict[str, Tensor]:
+    """Each tensor ``[W, ...]`` by its path, joined by dots."""
+    return dict(windows.flatten_keys(".").items())
+
+
+def _file(name: str) -> str:
+    """An entry of a Dict observation may be called anything."""
+    return f"{quote(name, safe='')}.npy"
+
+
+def _as_bytes(leaf: Tensor) -> np.ndarray:
+    """Any tensor ``[W, ...]`` as bytes ``[W, B]``: numpy does not have all types. Shares memory."""
+    return leaf.as_subclass(Tensor).unsqueeze(-1).flatten(1).view(torch.uint8).numpy()
+
+
+def _read(folder: Path, like: TensorDictBase, count: int, prefix: str = "") -> TensorDict:
+    """Windows ``[count]`` of the form of `like`, from the files of `save`, mapped and not yet read."""
+    parts: dict[str, Tensor | TensorDict] = {}
+    for key, part in like.items():
+        if isinstance(part, TensorDictBase):
+            parts[key] = _read(folder, part, count, f"{prefix}{key}.")
+        else:
+            content = torch.from_numpy(np.load(folder / _file(prefix + key), mmap_mode="c"))
+            parts[key] = content.view(part.dtype).view(count, *part.shape[1:])
+    return TensorDict(parts, [count, *like.batch_size[1:]])
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
