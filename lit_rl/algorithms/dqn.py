@@ -31,7 +31,7 @@ from lit_rl.errors import UserError, check_range
 from lit_rl.models.agent import TrunkFactory
 from lit_rl.models.q_heads import ExpectedQ
 from lit_rl.models.q_network import Exploration, HeadFactory, QNetwork
-from lit_rl.ranks import together
+from lit_rl.ranks import gather_list, together
 from lit_rl.returns import n_step
 from lit_rl.trunks import MLP
 
@@ -52,8 +52,9 @@ class LitDQN(LitAgent):
     open what for; here they serve to measure how far the representation has moved since (``train/drift``, the
     distance of the stored and the present latent; ``train/delta_q``, R2D2's Delta-Q with the head applied to
     both), to mix that drift into the priority (`latent_priority`) and to stand for the steps beyond the
-    window in the target (`latent_targets`). The memory itself is the trunk's state and is kept by
-    ``context: stored``.
+    window in the target (`latent_targets`). With ``context: window`` the drift has a second part: acting saw
+    `window` steps of each, learning sees fewer but for the last step. The memory itself is the trunk's state
+    and is kept by ``context: stored``.
 
     Args:
         env: the environment, for its spaces.
@@ -81,7 +82,7 @@ class LitDQN(LitAgent):
         beta: exponent of the importance weights at the start (where the replay is prioritized).
         beta_final: that at the end of training, reached linearly.
         priority_eta: a window's priority is so much of its largest TD error and the rest of their mean
-            (R2D2, eq. 1).
+            (R2D2, section 2.3).
         max_grad_norm: the gradient's norm is clipped to this.
         lr: Adam's learning rate.
         trunk_lr: that of the trunk's parameters; `lr` if absent.
@@ -168,7 +169,7 @@ class LitDQN(LitAgent):
             head or ExpectedQ,
             encoder_width=encoder_width,
             exploration=exploration,
-            acting_window=window if context == "window" and window > 1 else None,
+            acting_window=window if context == "window" else None,
         )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.window = window
@@ -197,6 +198,7 @@ class LitDQN(LitAgent):
         self.latent_targets = latent_targets
         self.log_every = log_frames
         self._logged_at = 0
+        self._learning = False
         self._ready_at = time.perf_counter()
         self._since_log: dict[str, float] = {"collecting": 0.0, "learning": 0.0}
         self._measured: list[dict[str, Tensor]] = []
@@ -233,6 +235,7 @@ class LitDQN(LitAgent):
     def on_fit_start(self) -> None:
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         self._logged_at = self.frames
+        self._learning = False
         self._apply_schedules()
 
     def on_train_epoch_start(self) -> None:
@@ -246,7 +249,7 @@ class LitDQN(LitAgent):
         self.frames += episodes.numel() * self.trainer.world_size
         self._keep_finished(episodes)
         replay: WindowReplay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
-        if self.frames >= self.learning_starts:
+        if self.frames >= self.learning_starts and self._all_have(replay):
             together(lambda: self._learn(replay))
         if (
             self.tau is None
@@ -271,16 +274,22 @@ class LitDQN(LitAgent):
         for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
             group["lr"] = lr * (1 - self.progress) if self.anneal_lr else lr
 
+    def _all_have(self, replay: WindowReplay) -> bool:
+        """Whether every process has windows: all of them take the same steps, or none does."""
+        if not self._learning:
+            self._learning = min(gather_list([len(replay)])) > 0
+        return self._learning
+
     def _learn(self, replay: WindowReplay) -> None:
         optimizer = self.trainer.optimizers[0]
         parameters = list(self.agent.parameters())
         first, last = self.beta
-        done = 0
-        for _ in range(self.updates_per_block if len(replay) else 0):
+        for _ in range(self.updates_per_block):
             drawn = replay.sample(self.batch_size, beta=first + (last - first) * self.progress)
             drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
             loss, priority, measured = self._loss(drawn)
-            loss.backward()
+            # An error that is clipped has a finite gradient even where it is infinite itself.
+            loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             norm = average_and_clip(parameters, self.max_grad_norm)
             if not math.isfinite(norm):
                 raise UserError(
@@ -295,8 +304,7 @@ class LitDQN(LitAgent):
             replay.update_priority(drawn.at, priority)
             self._measured.append(measured)
             self._grad_norms.append(norm)
-            done += 1
-        self.count_optimizer_steps(done)
+        self.count_optimizer_steps(self.updates_per_block)
 
     @torch.no_grad()
     def _follow(self, share: float) -> None:
@@ -355,10 +363,8 @@ class LitDQN(LitAgent):
                 drift_ML = (now_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
                 drift_M = drift_ML.sum(1) / count_M
                 priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
-                q_now, q_stored = (
-                    head.values(out_MTAZ[:, : self.window - start]),
-                    head.values(head(stored_MLD)),
-                )
+                q_now = head.values(out_MTAZ[:, : self.window - start])
+                q_stored = head.values(self.agent.of_latent(stored_MLD))
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / q_now.abs().amax((1, 2)).unsqueeze(1)
                 measured["drift"] = drift_M.mean()
                 measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
@@ -377,12 +383,13 @@ class LitDQN(LitAgent):
             state_M = network.trunk.initial_state(len(windows))
         if self.burn_in:
             with torch.no_grad():
-                _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
+                features = network.encoder(observation[:, : self.burn_in])
+                _, state_M = network.trunk(features, state_M, is_init[:, : self.burn_in])
         passed = slice(self.burn_in, self.window if self.latent_targets else None)
         out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
         if self.latent_targets:
             with torch.no_grad():
-                ahead_MnAZ = network.head(steps_MT[keys.LATENT][:, self.window :])
+                ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
             out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
         return out_MTAZ, latent_MTD
 

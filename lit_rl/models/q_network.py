@@ -90,7 +90,11 @@ class QNetwork(Agent):
             is_init: bool ``[N, T]``, first observation of an episode.
         """
         latent, state = self.trunk(self.encoder(observation), state, is_init)
-        return self._in_float32(self.head, latent), latent, state
+        return self.of_latent(latent), latent, state
+
+    def of_latent(self, latent: Tensor) -> Tensor:
+        """What the head gives ``[..., A, Z]`` for latents ``[..., D]``."""
+        return self._in_float32(self.head, latent)
 
     @leaves_no_graph
     def act(
@@ -108,7 +112,7 @@ class QNetwork(Agent):
         Explores with `noise` (of `noise`) or else with random numbers from `generator`, unless `greedy`.
         """
         latent, state = self.latent(observation, state, is_init)
-        values = self.head.values(self._in_float32(self.head, latent))
+        values = self.head.values(self.of_latent(latent))
         if greedy:
             return QAction(values.argmax(-1), latent, state)
         noise = self.noise(len(values), generator=generator) if noise is None else noise

@@ -1,0 +1,365 @@
+"""DQN on windows of a stream, held to the stream itself: targets, contexts of memory, stored latents.
+
+The reference knows no windows: it goes through whole episodes step by step, in plain Python.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import Scripted, Step, installed_trunks, script, small
+from tensordict import TensorDict
+from torch import Tensor
+
+from lit_rl import keys
+from lit_rl.algorithms.dqn import LEAST_PRIORITY, LitDQN
+from lit_rl.collectors import WindowCollector
+from lit_rl.data.window_replay import Drawn
+from lit_rl.models.q_heads import ExpectedQ
+from lit_rl.models.q_network import QNetwork
+
+torch.set_num_threads(1)
+
+GAMMA = 0.9
+SCALE = np.array([0.5, 0.125, 0.125], np.float32)  # powers of two: what was seen tells exactly where it was
+REWARD_SCALE = 1 / 16  # that of the script grows
+ROWS = [
+    [(3, "terminated"), (5, "truncated"), (1, "truncated"), (8, "terminated")],
+    [(1, "terminated"), (4, "truncated"), (2, "both"), (7, "truncated")],
+    [(40, "truncated"), (2, "terminated")],
+]
+TRUNKS = [name for name in ("mlp", "lstm", "mamba2", "transformer") if name in installed_trunks()]
+WITH_MEMORY = [name for name in TRUNKS if name != "mlp"]
+
+Place = tuple[int, int, int]  # row, episode, step of the episode
+
+
+class Stream(Scripted):
+    """Rows of episodes of known lengths and ends, seen as numbers of order one that tell all steps apart."""
+
+    single_observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self) -> None:
+        super().__init__(ROWS, spaces.Discrete(3))
+
+    def _seen(self, name: str) -> np.ndarray:
+        return super()._seen(name) * SCALE
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        observation, reward, *rest = super().step(actions)
+        return observation, reward * REWARD_SCALE, *rest
+
+
+class Told(ExpectedQ):
+    """Keeps what it was told to learn: predicted values and targets ``[M, L]``."""
+
+    def loss(self, predicted: Tensor, reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Tensor:
+        self.told = predicted.squeeze(-1), reward + discount * bootstrap.squeeze(-1)
+        return super().loss(predicted, reward, discount, bootstrap)
+
+
+@torch.no_grad()
+def make(trunk: str, *, algorithm: type[LitDQN] = LitDQN, **options: Any) -> LitDQN:
+    """A learner whose memory has some weight, and whose target network has another head.
+
+    Of another trunk windows cannot tell the memory: they start from that of the network that acted.
+    """
+    torch.manual_seed(0)
+    env = SimpleNamespace(id="stream", spaces=lambda: (Stream.single_observation_space, spaces.Discrete(3)))
+    model = algorithm(env, small(trunk), Told, gamma=GAMMA, **options)
+    for parameter in model.agent.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    model.target.load_state_dict(model.agent.state_dict())
+    for parameter in model.target.head.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    model.agent.exploration_rate = 0.5
+    return model
+
+
+def collect(model: LitDQN, stride: int = 1, blocks: int = 6, steps: int = 7) -> tuple[Stream, TensorDict]:
+    """What the model's agent lived through, and the windows of it."""
+    env = Stream()
+    frames = env.num_envs * steps
+    shape = model.window_shape._asdict()
+    collector = WindowCollector(lambda: env, model.agent, **shape, stride=stride, frames_per_batch=frames)
+    return env, torch.cat([collector.rollout()[keys.WINDOWS] for _ in range(blocks)])
+
+
+def loss_of(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return model._loss(Drawn(windows, torch.ones(len(windows)), torch.arange(len(windows))))
+
+
+def taught(model: LitDQN, windows: TensorDict) -> dict[Place, list[tuple[float, float]]]:
+    """Predicted value and target wherever an action was taken behind the burn-in, window by window."""
+    loss_of(model, windows)
+    steps = windows[keys.STEPS][:, model.burn_in : model.window]
+    places = (steps[keys.OBSERVATION].numpy() / SCALE).astype(int)
+    found: dict[Place, list[tuple[float, float]]] = {}
+    for m, i in np.argwhere(steps[keys.HAS_ACTION].numpy()):
+        predicted, target = (numbers[m, i].item() for numbers in model.agent.head.told)
+        found.setdefault(tuple(places[m, i].tolist()), []).append((predicted, target))
+    return found
+
+
+# ------------------------------------------------------------------ the reference
+
+
+def episodes_of(env: Stream) -> Iterator[tuple[list[Step], list[int]]]:
+    """Every episode of every row: its steps and the actions taken; the last of a row is not over."""
+    for row, lengths in enumerate(env.rows):
+        steps: list[Step] = []
+        actions: list[int] = []
+        for step, taken in zip(script(row, lengths), env.actions, strict=False):
+            steps.append(step)
+            actions.append(int(taken[row]))
+            if step.terminated or step.truncated:
+                yield steps, actions
+                steps, actions = [], []
+        if steps:
+            yield steps, actions
+
+
+@torch.no_grad()
+def values_along(network: QNetwork, steps: list[Step]) -> list[list[float]]:
+    """Action values at each observation of one episode, the true last one included."""
+    observations = [step.observation for step in steps] + [steps[-1].last]
+    state = network.trunk.initial_state(1)
+    values = []
+    for t, observation in enumerate(observations):
+        seen = torch.tensor(np.array(observation, np.float32) * SCALE)[None, None]
+        out, _, state = network(seen, state, torch.tensor([[t == 0]]))
+        values.append(network.head.values(out)[0, 0].tolist())
+    return values
+
+
+def reference(
+    model: LitDQN, env: Stream, *, truncation_ends: bool = False
+) -> dict[Place, tuple[float, float]]:
+    """Predicted value and target of every step, as the equations say it."""
+    expected = {}
+    for steps, actions in episodes_of(env):
+        online, target = values_along(model.agent, steps), values_along(model.target, steps)
+        ends = steps[-1].terminated or (truncation_ends and steps[-1].truncated)
+        for t, action in enumerate(actions):
+            total, k = 0.0, 0
+            while k < model.n_step and t + k < len(steps):
+                total += GAMMA**k * steps[t + k].reward * REWARD_SCALE
+                k += 1
+            if not (t + k == len(steps) and ends):
+                best = int(np.argmax((online if model.is_double else target)[t + k]))
+                total += GAMMA**k * target[t + k][best]
+            expected[tuple(map(int, steps[t].observation))] = online[t][action], total
+    return expected
+
+
+def worst(found: dict[Place, list[tuple[float, float]]], expected: dict[Place, tuple[float, float]]) -> float:
+    """The largest deviation of a predicted value or target; these are up to 20."""
+    pairs = [(pair, expected[place]) for place, pairs in found.items() for pair in pairs]
+    return float(np.abs(np.array([np.subtract(*pair) for pair in pairs])).max())
+
+
+# ------------------------------------------------------------------ targets
+
+
+@pytest.mark.parametrize(
+    ("stride", "options"),
+    [
+        (1, {"window": 6}),
+        (6, {"window": 6, "n_step": 3}),
+        (4, {"window": 9, "n_step": 3, "burn_in": 3}),
+        (2, {"window": 2, "double": False}),
+        (1, {"window": 1, "n_step": 3}),
+    ],
+    ids=["every step", "adjacent, n=3", "burn-in, n=3", "not double", "single steps, n=3"],
+)
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_windows_teach_what_the_stream_teaches(trunk: str, stride: int, options: dict[str, Any]) -> None:
+    model = make(trunk, context="stored", **options)
+    env, windows = collect(model, stride)
+    found, expected = taught(model, windows), reference(model, env)
+    assert worst(found, expected) < 1e-5
+    if stride == 1:  # every step, but for the last few of each row and what burn-in leaves out
+        assert len(found) > len(expected) - len(ROWS) * (model.window + model.n_step)
+    at_end = {(*map(int, s[-1].observation),): s[-1] for s, _ in episodes_of(env)}
+    ends = [at_end[place] for place in found if place in at_end]
+    assert {(step.terminated, step.truncated) for step in ends} >= {
+        (True, False),
+        (False, True),
+        (True, True),
+    }
+
+
+@pytest.mark.parametrize("trunk", installed_trunks())
+def test_every_trunk_is_taught_right(trunk: str) -> None:
+    model = make(trunk, context="stored", window=7, burn_in=2, n_step=2)
+    env, windows = collect(model, 3)
+    assert worst(taught(model, windows), reference(model, env)) < 1e-5
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_a_truncation_is_no_termination(trunk: str, n_step: int) -> None:
+    model = make(trunk, context="stored", window=6, n_step=n_step)
+    env, windows = collect(model)
+    assert worst(taught(model, windows), reference(model, env, truncation_ends=True)) > 1e-2
+
+
+@pytest.mark.parametrize("trunk", WITH_MEMORY)
+def test_windows_from_an_empty_memory_teach_something_else(trunk: str) -> None:
+    model = make(trunk, context="stored", window=6)
+    env, windows = collect(model)
+    empty = windows.exclude(keys.TRUNK_STATE)
+    assert worst(taught(model, empty), reference(model, env)) > 1e-2
+
+
+@pytest.mark.parametrize("trunk", WITH_MEMORY)
+def test_resets_inside_windows_count(trunk: str) -> None:
+    model = make(trunk, context="stored", window=6)
+    env, windows = collect(model)
+    windows[keys.STEPS, keys.IS_INIT].zero_()
+    assert worst(taught(model, windows), reference(model, env)) > 1e-2
+
+
+# ------------------------------------------------------------------ contexts
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("trunk", installed_trunks())
+def test_acting_on_a_window_is_learning_on_it(trunk: str, window: int) -> None:
+    """The last step of a window: memory is empty at its start, for either."""
+    model = make(trunk, context="window", window=window, latents=True)
+    _, windows = collect(model, blocks=3)
+    out, latent = model._pass(model.agent, windows)
+    last = windows[keys.STEPS][:, window - 1]
+    torch.testing.assert_close(latent[:, window - 1], last[keys.LATENT], atol=1e-5, rtol=0)
+    acting = model.agent.head.values(model.agent.of_latent(last[keys.LATENT]))
+    torch.testing.assert_close(model.agent.head.values(out)[:, window - 1], acting, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("trunk", WITH_MEMORY)
+def test_memory_carried_into_a_window_is_not_its_own(trunk: str, window: int) -> None:
+    """Negative control: an agent that carries memory along, and windows that start without."""
+    model = make(trunk, context="stored", window=window, latents=True)
+    _, windows = collect(model, blocks=3)
+    last = windows[keys.STEPS][:, window - 1]
+    _, latent = model._pass(model.agent, windows.exclude(keys.TRUNK_STATE))
+    assert not torch.allclose(latent[:, window - 1], last[keys.LATENT], atol=1e-3)
+
+
+def test_what_is_kept_depends_on_the_context() -> None:
+    def state(trunk: str, context: str) -> bool:
+        return keys.TRUNK_STATE in collect(make(trunk, context=context, window=3), blocks=2)[1]
+
+    assert state("lstm", "stored")
+    assert not state("lstm", "window")
+    assert not state("mlp", "stored")
+
+
+def test_the_target_network_has_a_window_of_its_own() -> None:
+    model = make("lstm", context="window", window=4)
+    assert model.target.windowed._trunk[0] is model.target.trunk
+    assert model.target.trunk is not model.agent.trunk
+
+
+# ------------------------------------------------------------------ stored latents
+
+
+@pytest.mark.parametrize("trunk", installed_trunks())
+def test_stored_latents_are_those_of_acting(trunk: str) -> None:
+    """With ``context: stored`` every step, the true last observations included, and all that follow."""
+    model = make(trunk, context="stored", window=6, n_step=2, latents=True)
+    _, windows = collect(model, 4)
+    _, latent = model._pass(model.agent, windows)
+    torch.testing.assert_close(latent, windows[keys.STEPS, keys.LATENT], atol=1e-5, rtol=0)
+    assert not windows[keys.STEPS, keys.HAS_ACTION].all()
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_drift_is_how_far_the_network_has_moved(trunk: str) -> None:
+    model = make(trunk, context="stored", window=6, burn_in=2, latents=True)
+    _, windows = collect(model)
+    loss, _, before = loss_of(model, windows)
+    assert before["drift"].item() == pytest.approx(0.0, abs=1e-5)
+    assert before["delta_q"].item() == pytest.approx(0.0, abs=1e-5)
+    optimizer = model.configure_optimizers()
+    loss.backward()
+    optimizer.step()
+    _, _, after = loss_of(model, windows)
+    assert after["drift"] > 1e-3
+    assert after["delta_q"] > 1e-5
+
+
+def test_delta_q_is_relative_to_the_largest_value() -> None:
+    model = make("lstm", context="stored", window=4, latents=True)
+    _, windows = collect(model)
+    stored = windows[keys.STEPS, keys.LATENT]
+    stored += torch.randn_like(stored)
+    _, _, measured = loss_of(model, windows)
+    head, expected, drifts = model.agent.head, [], []
+    out, latent = model._pass(model.agent, windows)
+    for m in range(len(windows)):
+        now = head.values(out[m, :4])
+        was = head.values(head(stored[m, :4]))
+        acted = windows[keys.STEPS, keys.HAS_ACTION][m, :4]
+        expected += ((now - was).square().sum(-1).sqrt() / now.abs().max())[acted].tolist()
+        drifts.append((latent[m, :4] - stored[m, :4]).square().sum(-1).sqrt()[acted].mean().item())
+    assert measured["delta_q"].item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert measured["drift"].item() == pytest.approx(np.mean(drifts), rel=1e-5)
+
+
+def test_drift_enters_the_priority_by_its_share() -> None:
+    def priority(share: float) -> Tensor:
+        model = make("lstm", context="stored", window=4, latents=True, latent_priority=share)
+        _, windows = collect(model)
+        stored = windows[keys.STEPS, keys.LATENT]
+        stored += torch.randn(stored.shape, generator=torch.Generator().manual_seed(1))
+        return loss_of(model, windows)[1] - LEAST_PRIORITY
+
+    error, drift = priority(0.0), priority(1.0)
+    assert (error - drift).abs().min() > 1e-3
+    torch.testing.assert_close(priority(0.3), 0.7 * error + 0.3 * drift)
+
+
+@pytest.mark.parametrize("latent_targets", [True, False])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_latents_may_stand_for_what_follows_the_window(trunk: str, latent_targets: bool) -> None:
+    options = {"context": "stored", "window": 4, "burn_in": 1, "n_step": 2, "latents": True}
+    model = make(trunk, **options, latent_targets=latent_targets)
+    env, windows = collect(model)
+    assert worst(taught(model, windows), reference(model, env)) < 1e-5
+
+    def targets(of: TensorDict) -> Tensor:
+        loss_of(model, of)
+        return model.agent.head.told[1]
+
+    before = targets(windows)
+    for key in (keys.LATENT, keys.OBSERVATION):
+        other = windows.clone()
+        other[keys.STEPS, key][:, 4:] += 1.0
+        moved = (targets(other) != before).any(0).tolist()
+        is_used = latent_targets == (key == keys.LATENT)
+        assert moved == ([False, True, True] if is_used else [False] * 3)  # the last n_step of them
+
+
+def test_stored_latents_get_no_gradient_and_give_none() -> None:
+    model = make("lstm", context="stored", window=3, latents=True, latent_targets=True)
+    _, windows = collect(model)
+    windows[keys.STEPS, keys.LATENT].requires_grad_()
+    loss_of(model, windows)[0].backward()
+    assert windows[keys.STEPS, keys.LATENT].grad is None
+    assert all(parameter.grad is None for parameter in model.target.parameters())
+
+
+def test_stored_latents_are_heard_in_float32() -> None:
+    """Else an unchanged network would seem to have moved under mixed precision."""
+    model = make("mlp", context="stored", window=3, latents=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, windows = collect(model)
+        _, _, measured = loss_of(model, windows)
+    assert measured["drift"] == 0.0
+    assert measured["delta_q"] == 0.0
