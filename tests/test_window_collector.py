@@ -169,9 +169,7 @@ def shape_of(window: int, lookahead: int = 1, stride: int = 1, unlearnt: int = 0
 # ------------------------------------------------------------------ which steps are in which windows
 
 SHAPES = [
-    shape_of(1),
     shape_of(1, lookahead=3),
-    shape_of(3, stride=3),
     shape_of(4, stride=1),
     shape_of(4, lookahead=2, stride=3, unlearnt=3),
     shape_of(10, lookahead=2, stride=4, unlearnt=2),
