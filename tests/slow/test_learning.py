@@ -68,3 +68,28 @@ def test_recall_leaves_an_mlp_at_chance(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_doorkey_by_300k_frames(seed: int) -> None:
     assert final_metrics("ppo_doorkey_gru.yaml", seed)["val/success"] >= 0.9
+
+
+# ------------------------------------------------------------------ DQN
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dqn_cartpole_by_100k_frames(seed: int) -> None:
+    assert final_metrics("dqn_cartpole_mlp.yaml", seed)["val/return"] >= 475
+
+
+@pytest.mark.parametrize("trunk", ["lstm", "mamba2"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dqn_masked_cartpole_by_300k_frames_with_memory(seed: int, trunk: str) -> None:
+    assert final_metrics(f"dqn_cartpole_masked_{trunk}.yaml", seed)["val/return"] >= 400
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dqn_masked_cartpole_is_beyond_an_mlp(seed: int) -> None:
+    metrics = final_metrics("dqn_cartpole_masked_lstm.yaml", seed, "--model.trunk", "mlp")
+    assert metrics["val/return"] < 200
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dqn_recall_with_memory(seed: int) -> None:
+    assert final_metrics("dqn_recall_lstm.yaml", seed, "--episodes", "100")["val/success"] >= 0.95

@@ -1,0 +1,622 @@
+"""DQN as a whole: the loss by hand, the target network, schedules, guards, and toys that it learns."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import Records, counter, make_trainer, parameters, small, walk
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.modules import QValueActor
+from torchrl.objectives import DQNLoss
+
+from lit_rl import keys
+from lit_rl.algorithms import dqn
+from lit_rl.algorithms.dqn import LEAST_PRIORITY, LitDQN
+from lit_rl.data import ReplayDataModule
+from lit_rl.data.window_replay import Drawn
+from lit_rl.envs import EnvConfig
+from lit_rl.errors import UserError
+from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
+from lit_rl.trunks import LSTM, MLP, Trunk
+
+torch.set_num_threads(1)
+
+# ------------------------------------------------------------------ the loss, by hand
+
+# Action values of three states; what the online network thinks best the target network does not.
+ONLINE = [[1.0, 2.0], [3.0, 0.0], [0.0, 5.0]]
+TARGET = [[10.0, 20.0], [30.0, 40.0], [60.0, 50.0]]
+
+
+class Seen(Trunk):
+    """Gives what it gets."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, in_features)
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        return TensorDict(batch_size=[batch_size])
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        return x, state
+
+
+def environment(states: int = 3) -> Any:
+    """One-hot states, two actions."""
+    one_hot = spaces.Box(0.0, 1.0, (states,), np.float32)
+    return SimpleNamespace(id="table", spaces=lambda: (one_hot, spaces.Discrete(2)))
+
+
+def table(**options: Any) -> LitDQN:
+    """Q-tables as networks, gamma 1/2."""
+    model = LitDQN(environment(), Seen, gamma=0.5, **options)
+    with torch.no_grad():
+        for network, values in ((model.agent, ONLINE), (model.target, TARGET)):
+            network.head.last.weight.copy_(torch.tensor(values).T)
+            network.head.last.bias.zero_()
+    return model
+
+
+def drawn(
+    states: Sequence[int],
+    actions: Sequence[int],
+    rewards: Sequence[float],
+    *,
+    terminated: Sequence[int] = (),
+    no_action: Sequence[int] = (),
+    weight: float = 1.0,
+) -> Drawn:
+    """One window; the step after the last action only bootstraps. Steps are named by their number."""
+    T = len(states)
+    padding = [0] * (T - len(actions))
+    steps = {
+        keys.OBSERVATION: torch.eye(3)[torch.tensor(states)],
+        keys.ACTION: torch.tensor([*actions, *padding]),
+        keys.REWARD: torch.tensor([*rewards, *padding], dtype=torch.float32),
+        keys.TERMINATED: torch.tensor([t in terminated for t in range(T)]),
+        keys.HAS_ACTION: torch.tensor([t not in no_action for t in range(T)]),
+        keys.IS_INIT: torch.zeros(T, dtype=torch.bool),
+    }
+    windows = TensorDict({keys.STEPS: TensorDict(steps, [T])[None]}, [1])
+    return Drawn(windows, torch.tensor([weight]), torch.zeros(1, dtype=torch.long))
+
+
+def together(*windows: Drawn) -> Drawn:
+    return Drawn(*(torch.cat(parts) for parts in zip(*windows, strict=True)))
+
+
+# Online values of what is done: 1 (state 0, action 0), 0 (state 1, action 1) and 5 (state 2, action 1).
+# Double: after state 0 comes state 1, of which the online network prefers 0 and the target says 30.
+TWO = drawn([0, 1, 2], [0, 1], [1.0, 2.0])
+THREE = drawn([0, 1, 2, 1], [0, 1, 1], [1.0, 2.0, 4.0])
+CASES: dict[str, tuple[dict[str, Any], Drawn, list[float]]] = {
+    # targets 1 + 30/2 and 2 + 50/2
+    "double": ({"window": 2}, TWO, [15.0, 27.0]),
+    # targets 1 + 40/2 and 2 + 60/2
+    "plain": ({"window": 2, "double": False}, TWO, [20.0, 32.0]),
+    # 1 + 2/2 + 50/4, then 2 + 4/2 + 30/4
+    "two steps ahead": ({"window": 2, "n_step": 2}, THREE, [13.5, 11.5]),
+    # 1, then 2 + 50/2
+    "termination": ({"window": 2}, drawn([0, 1, 2], [0, 1], [1.0, 2.0], terminated=[0]), [0.0, 27.0]),
+    # 1 + 2/2: the termination comes within the steps ahead
+    "termination ahead": (
+        {"window": 1, "n_step": 2},
+        drawn([0, 1, 2], [0, 1], [1.0, 2.0], terminated=[1]),
+        [1.0],
+    ),
+    # Step 1 is the last observation of a truncated episode: 1 + 30/2; then it does not count; 1 + 30/2
+    "truncation": (
+        {"window": 3},
+        drawn([0, 1, 0, 1], [0, 0, 0], [1.0, 0.0, 1.0], no_action=[1]),
+        [15.0, 15.0],
+    ),
+    # 1 + 30/2 although two steps ahead are asked for
+    "truncation ahead": (
+        {"window": 1, "n_step": 2},
+        drawn([0, 1, 0], [0, 1], [1.0, 99.0], no_action=[1]),
+        [15.0],
+    ),
+    # The first step, of an error of 15, is left out
+    "burn-in": ({"window": 2, "burn_in": 1}, TWO, [27.0]),
+    "last steps": ({"window": 2, "loss_steps": 1}, TWO, [27.0]),
+    # Errors of 15, then 27, then 4 + 30/2 - 5
+    "both": ({"window": 3, "burn_in": 1, "loss_steps": 1}, THREE, [14.0]),
+}
+
+
+@pytest.mark.parametrize(("options", "window", "errors"), CASES.values(), ids=CASES)
+def test_errors_by_hand(options: dict[str, Any], window: Drawn, errors: list[float]) -> None:
+    loss, priority, measured = table(**options, priority_eta=0.75)._loss(window)
+    mean = sum(errors) / len(errors)
+    huber = [error - 0.5 if error > 1 else error**2 / 2 for error in errors]
+    assert loss.item() == pytest.approx(sum(huber) / len(errors))
+    assert measured["td_loss"] == loss
+    assert measured["td_error"].item() == pytest.approx(mean)
+    assert priority.tolist() == pytest.approx([0.75 * max(errors) + 0.25 * mean + LEAST_PRIORITY], rel=1e-6)
+
+
+def test_squared_errors_by_hand() -> None:
+    loss, _, _ = table(window=2, head=partial(ExpectedQ, loss="mse"))._loss(TWO)
+    assert loss.item() == pytest.approx((15.0**2 + 27.0**2) / 2 / 2)
+
+
+def test_priorities_are_of_the_largest_error_and_of_the_mean() -> None:
+    for eta, expected in ((0.0, 21.0), (1.0, 27.0), (0.9, 26.4)):
+        _, priority, _ = table(window=2, priority_eta=eta)._loss(TWO)
+        assert priority.tolist() == pytest.approx([expected + LEAST_PRIORITY])
+
+
+def test_a_window_without_error_has_the_least_priority() -> None:
+    right = drawn([0, 1], [0], [1.0], terminated=[0])
+    _, priority, _ = table()._loss(right)
+    assert priority.tolist() == pytest.approx([LEAST_PRIORITY])
+    assert LEAST_PRIORITY > 0
+
+
+def test_steps_weigh_as_their_window_does() -> None:
+    """Importance weights multiply errors; all steps that count are averaged, whichever window has them."""
+    one = drawn([0, 1, 2], [0, 1], [1.0, 2.0], weight=0.5)  # 14.5 and 26.5
+    other = drawn([1, 0, 2], [1, 0], [3.0, 0.0], no_action=[1], weight=0.25)  # 3 + 20/2 - 0: 12.5
+    loss, priority, measured = table(window=2)._loss(together(one, other))
+    assert loss.item() == pytest.approx((0.5 * (14.5 + 26.5) + 0.25 * 12.5) / 3)
+    assert priority.tolist() == pytest.approx([26.4, 13.0])  # weights do not touch them
+    assert measured["td_error"].item() == pytest.approx((21.0 + 13.0) / 2)
+    assert measured["q"].item() == pytest.approx((1.0 + 0.0 + 0.0) / 3)
+
+
+@pytest.mark.filterwarnings("ignore:No target network updater")
+@pytest.mark.parametrize("double", [True, False])
+def test_torchrls_loss_is_the_same_for_single_steps(double: bool) -> None:
+    torch.manual_seed(0)
+    observation, M = spaces.Box(-1, 1, (4,)), 32
+    env: Any = SimpleNamespace(id="any", spaces=lambda: (observation, spaces.Discrete(3)))
+    model = LitDQN(env, partial(MLP, d_model=8), gamma=0.9, double=double)
+
+    def as_torchrls(network: nn.Module) -> QValueActor:
+        first, second = network.trunk.layers
+        layers = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), network.head.last)
+        return QValueActor(layers, in_keys=["observation"], action_space="categorical")
+
+    with torch.no_grad():
+        for parameter in model.target.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    options = {"loss_function": "smooth_l1", "delay_value": True, "double_dqn": double}
+    oracle = DQNLoss(as_torchrls(model.agent), action_space="categorical", **options)
+    oracle.make_value_estimator(gamma=0.9)
+    oracle.target_value_network_params.update_(TensorDict.from_module(as_torchrls(model.target)).data)
+
+    steps = {
+        keys.OBSERVATION: torch.randn(M, 2, 4),
+        keys.ACTION: torch.randint(0, 3, (M, 2)),
+        keys.REWARD: torch.randn(M, 2),
+        keys.TERMINATED: torch.rand(M, 2) < 0.3,
+        keys.IS_INIT: torch.zeros(M, 2, dtype=torch.bool),
+        keys.HAS_ACTION: torch.ones(M, 2, dtype=torch.bool),
+    }
+    windows = TensorDict({keys.STEPS: TensorDict(steps, [M, 2])}, [M])
+    loss, _, _ = model._loss(Drawn(windows, torch.ones(M), torch.arange(M)))
+    ended = steps[keys.TERMINATED][:, :1]
+    theirs = oracle(
+        TensorDict(
+            {
+                "observation": steps[keys.OBSERVATION][:, 0],
+                "action": steps[keys.ACTION][:, 0],
+                "next": {
+                    "observation": steps[keys.OBSERVATION][:, 1],
+                    "reward": steps[keys.REWARD][:, :1],
+                    "done": ended,
+                    "terminated": ended,
+                },
+            },
+            [M],
+        )
+    )
+    torch.testing.assert_close(loss, theirs["loss"])
+
+
+# ------------------------------------------------------------------ gradients
+
+
+def windows_of_noise(model: LitDQN, M: int = 4) -> TensorDict:
+    """Any windows as the model wants them, of `counter` or `walk`: two numbers a step, seen with gradient."""
+    shape = model.window_shape
+    T = shape.window + shape.lookahead
+    steps = {
+        keys.OBSERVATION: torch.randn(M, T, 2).requires_grad_(),
+        keys.ACTION: torch.randint(0, 2, (M, T)),
+        keys.REWARD: torch.randn(M, T),
+        keys.TERMINATED: torch.zeros(M, T, dtype=torch.bool),
+        keys.IS_INIT: torch.zeros(M, T, dtype=torch.bool),
+        keys.HAS_ACTION: torch.ones(M, T, dtype=torch.bool),
+    }
+    windows = TensorDict({keys.STEPS: TensorDict(steps, [M, T])}, [M])
+    if shape.with_state:
+        state = model.agent.trunk.initial_state(M)
+        windows[keys.TRUNK_STATE] = state.apply(lambda leaf: torch.randn_like(leaf).requires_grad_())
+    return windows
+
+
+def all_equal(windows: TensorDict) -> Drawn:
+    return Drawn(windows, torch.ones(len(windows)), torch.arange(len(windows)))
+
+
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        ({}, [True, True, True, True, False, False]),
+        ({"loss_steps": 1}, [True, True, True, True, False, False]),
+        ({"burn_in": 2}, [False, False, True, True, False, False]),
+        ({"burn_in": 1, "loss_steps": 1}, [False, True, True, True, False, False]),
+    ],
+    ids=str,
+)
+def test_the_gradient_reaches_back_to_the_burn_in(options: dict[str, Any], reached: list[bool]) -> None:
+    """Through the memory, from the last step alone if need be; never into what only bootstraps."""
+    model = LitDQN(counter(), small("lstm"), window=4, n_step=2, context="stored", **options)
+    windows = windows_of_noise(model)
+    model._loss(all_equal(windows))[0].backward()
+    gradient = windows[keys.STEPS, keys.OBSERVATION].grad
+    assert gradient.abs().sum((0, 2)).bool().tolist() == reached
+    state = windows[keys.TRUNK_STATE]
+    assert all((leaf.grad is not None) == ("burn_in" not in options) for leaf in state.values())
+    assert all(parameter.grad.any() for parameter in model.agent.parameters())
+    assert all(parameter.grad is None for parameter in model.target.parameters())
+    assert not any(parameter.requires_grad for parameter in model.target.parameters())
+
+
+def test_burn_in_is_a_pass_without_gradient() -> None:
+    """What is learnt behind it is what a window learns that starts there, from the memory it leaves."""
+    model = LitDQN(counter(), small("lstm"), window=5, burn_in=2, context="stored")
+    windows = windows_of_noise(model).detach()
+    loss, priority, _ = model._loss(all_equal(windows))
+    loss.backward()
+
+    steps = windows[keys.STEPS]
+    with torch.no_grad():
+        _, _, state = model.agent(
+            steps[keys.OBSERVATION][:, :2], windows[keys.TRUNK_STATE], steps[keys.IS_INIT][:, :2]
+        )
+    shorter = LitDQN(counter(), small("lstm"), window=3, context="stored")
+    shorter.load_state_dict(model.state_dict())
+    rest = TensorDict({keys.STEPS: steps[:, 2:], keys.TRUNK_STATE: state}, [len(windows)])
+    again, same, _ = shorter._loss(all_equal(rest))
+    again.backward()
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(same, priority)
+    for parameter, reference in zip(shorter.agent.parameters(), model.agent.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad)
+
+
+def test_auxiliary_losses_join_the_loss() -> None:
+    class Balanced(MLP):
+        def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+            y, state = super().forward(x, state, is_init)
+            self.auxiliary_loss = y.square().mean()
+            return y, state
+
+    model = LitDQN(counter(), Balanced)
+    loss, _, measured = model._loss(all_equal(windows_of_noise(model)))
+    assert measured["auxiliary_loss"] > 0.01
+    torch.testing.assert_close(loss.detach(), measured["td_loss"] + measured["auxiliary_loss"])
+
+
+HEADS: dict[str, Callable] = {
+    "expected": ExpectedQ,
+    "categorical": partial(CategoricalQ, v_min=-2.0, v_max=3.0, atoms=11),
+    "quantile": partial(QuantileQ, quantiles=8),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_errors_are_of_expected_values_for_every_head(head: Callable) -> None:
+    torch.manual_seed(0)
+    model = LitDQN(counter(), MLP, head, priority_eta=1.0)
+    with torch.no_grad():
+        for parameter in model.target.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    windows = windows_of_noise(model).detach()
+    _, priority, measured = model._loss(all_equal(windows))
+    steps, errors = windows[keys.STEPS], []
+    with torch.no_grad():
+        online, target = (
+            network.head.values(network(steps[keys.OBSERVATION], windows, steps[keys.IS_INIT])[0])
+            for network in (model.agent, model.target)
+        )
+    for m in range(len(windows)):
+        best = online[m, 1].argmax()
+        td_target = steps[keys.REWARD][m, 0] + 0.99 * target[m, 1, best]
+        errors.append((td_target - online[m, 0, steps[keys.ACTION][m, 0]]).abs().item())
+    assert (priority - LEAST_PRIORITY).tolist() == pytest.approx(errors, rel=1e-4)
+    assert measured["td_error"].item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+class Look(L.Callback):
+    """After each block: frames, exploration, and all weights of both networks."""
+
+    def __init__(self) -> None:
+        self.frames: list[int] = []
+        self.exploration: list[float] = []
+        self.online: list[Tensor] = []
+        self.target: list[Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        self._look(model)
+
+    def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *rest: Any) -> None:
+        self._look(model)
+
+    def _look(self, model: Any) -> None:
+        self.frames.append(model.frames)
+        self.exploration.append(model.agent.exploration_rate)
+        self.online.append(parameters(model.agent))
+        self.target.append(parameters(model.target))
+
+
+def train(
+    env: EnvConfig,
+    trunk: Any = MLP,
+    head: Any = None,
+    *,
+    algorithm: type[LitDQN] = LitDQN,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[LitDQN, ReplayDataModule, Look, Records]:
+    """A short run; learning starts at once unless told otherwise."""
+    torch.manual_seed(seed)
+    usual = {"total_frames": 160, "learning_starts": 0, "batch_size": 8, "log_frames": 16}
+    model = algorithm(env, trunk, head, **(usual | options))
+    replay = ReplayDataModule(env, seed=seed, save_replay=False, **(data or {}))
+    look, records = Look(), Records()
+    make_trainer(callbacks=[look], logger=records, **(trainer or {})).fit(model, replay)
+    return model, replay, look, records
+
+
+def test_the_target_network_is_copied_every_so_many_frames() -> None:
+    """Blocks of 16 frames: at 48 for 40, 80 for 80, 128 for 120, 160 for 160."""
+    _, _, look, _ = train(walk(), target_update_frames=40)
+    moved = [
+        frames
+        for frames, (was, now) in zip(look.frames[1:], pairwise(look.target), strict=True)
+        if not was.equal(now)
+    ]
+    assert moved == [48, 80, 128, 160]
+    for frames, online, target in zip(look.frames, look.online, look.target, strict=True):
+        assert torch.equal(online, target) == (frames in (0, 48, 80, 128, 160))
+
+
+def test_the_target_network_follows_by_its_share() -> None:
+    _, _, look, _ = train(walk(), tau=0.25, target_update_frames=40, lr=1e-2)
+    for (was, now), online in zip(pairwise(look.target), look.online[1:], strict=True):
+        torch.testing.assert_close(now, 0.75 * was + 0.25 * online)
+    assert not look.target[-1].equal(look.online[-1])
+
+
+@pytest.mark.parametrize("exploration", ["epsilon_greedy", "softmax"])
+def test_exploration_falls_linearly(exploration: Any) -> None:
+    options = {"exploration_initial": 0.9, "exploration_final": 0.1, "exploration_frames": 64}
+    _, _, look, records = train(walk(), exploration=exploration, **options)
+    assert look.exploration[:6] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1])
+    assert records.series("train/exploration")[:5] == pytest.approx([0.7, 0.5, 0.3, 0.1, 0.1])
+
+
+def test_learning_rates_reach_their_parameters() -> None:
+    for still in ("trunk.", "head."):
+        rates = {"lr": 1e-2, "trunk_lr": 0.0} if still == "trunk." else {"lr": 0.0, "trunk_lr": 1e-2}
+        torch.manual_seed(0)
+        before = dict(LitDQN(walk(), MLP).agent.named_parameters())
+        model, _, _, _ = train(walk(), **rates)
+        for name, parameter in model.agent.named_parameters():
+            assert torch.equal(parameter, before[name]) == name.startswith(still), name
+
+
+def test_learning_rates_fall_to_nothing() -> None:
+    _, _, _, records = train(walk(), lr=1e-2, trunk_lr=1e-3, anneal_lr=True, total_frames=64)
+    assert records.series("train/lr") == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0.0])
+    assert records.series("train/trunk_lr") == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0.0])
+
+
+def test_updates_are_counted() -> None:
+    """10 blocks, of which those from 48 frames on are learnt from, three times each."""
+    model, _, look, _ = train(walk(), learning_starts=48, updates_per_block=3)
+    assert model.trainer.global_step == 3 * 8
+    [count] = {int(state["step"]) for state in model.trainer.optimizers[0].state.values()}
+    assert count == 3 * 8
+    assert [now.equal(look.online[0]) for now in look.online] == [True] * 3 + [False] * 8
+
+
+def test_ranks_begin_to_learn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no window yet takes no step: none does, or they would wait for each other for ever."""
+    others = [0, 0, 0, 2, 5]
+    monkeypatch.setattr(dqn, "gather_list", lambda mine: [*mine, others.pop(0)])
+    model, _, look, _ = train(walk())
+    assert [now.equal(look.online[0]) for now in look.online] == [True] * 4 + [False] * 7
+    assert others == [5]  # once all have some they need not be asked again
+    assert model.trainer.global_step == 7
+
+
+# ------------------------------------------------------------------ guards
+
+
+def poison(number: float) -> type[LitDQN]:
+    """From 64 frames on the loss has this value; its gradient is finite."""
+
+    class Poisoned(LitDQN):
+        def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, priority, measured = super()._loss(drawn)
+            if self.frames >= 64:
+                loss = loss + torch.tensor(number)
+                self.before = parameters(self)
+            return loss, priority, measured
+
+    return Poisoned
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_not_learnt_from(number: float) -> None:
+    models: list[LitDQN] = []
+
+    class Kept(poison(number)):  # type: ignore[misc]
+        def on_fit_start(self) -> None:
+            super().on_fit_start()
+            models.append(self)
+
+    with pytest.raises(UserError, match="not finite at 64 frames") as error:
+        train(walk(), algorithm=Kept)
+    assert "\n" not in str(error.value)
+    assert torch.equal(parameters(models[0]), models[0].before)
+    assert parameters(models[0]).isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_is_not_learnt_from() -> None:
+    class Steep(LitDQN):
+        def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, priority, measured = super()._loss(drawn)
+            # The square root at 0: finite itself, with an infinite slope.
+            loss = loss + (0.0 * next(self.agent.parameters())).abs().sum().sqrt()
+            self.before = parameters(self)
+            models.append(self)
+            return loss, priority, measured
+
+    models: list[LitDQN] = []
+    with pytest.raises(UserError, match="not finite"):
+        train(walk(), algorithm=Steep)
+    assert torch.equal(parameters(models[0]), models[0].before)
+
+
+def test_observations_that_are_not_finite_are_not_learnt_from() -> None:
+    looks: list[Look] = []
+
+    class Kept(LitDQN):
+        def on_train_start(self) -> None:
+            looks.append(next(c for c in self.trainer.callbacks if isinstance(c, Look)))
+
+    env = EnvConfig("lit_rl/NaN-v0", num_envs=4, kwargs={"after": 10})
+    with pytest.raises(UserError, match="not finite"):
+        train(env, algorithm=Kept)
+    assert looks[0].frames[-1] == 32  # of 40
+    assert looks[0].online[-1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"window": 4, "burn_in": 4}, "burn_in is 4"),
+        ({"window": 4, "burn_in": 2, "loss_steps": 3}, "loss_steps is 3"),
+        ({"window": 4, "loss_steps": 0}, "loss_steps is 0"),
+        ({"latent_priority": 0.5}, "latents"),
+        ({"latent_targets": True}, "latents"),
+        ({"exploration_initial": 1.5}, "exploration_initial is 1.5"),
+        ({"tau": 0.0}, "tau is 0.0"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        LitDQN(counter(), MLP, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_temperature_may_be_above_one() -> None:
+    assert LitDQN(counter(), MLP, exploration="softmax", exploration_initial=5.0)
+
+
+# ------------------------------------------------------------------ toys that it learns
+
+
+class TwoSteps(gym.Env):
+    """One of two doors, then a button: behind the first door the first gives 1, behind the other the other 2.
+
+    Seen one-hot: the hall, the room behind each door.
+    """
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(0.0, 1.0, (3,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self.room = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.room = 0
+        return np.eye(3, dtype=np.float32)[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.room == 0:
+            self.room = 1 + int(action)
+            return np.eye(3, dtype=np.float32)[self.room], 0.0, False, False, {}
+        right = int(action) == self.room - 1
+        return np.eye(3, dtype=np.float32)[0], float(self.room * right), True, False, {}
+
+
+def two_steps() -> EnvConfig:
+    if "lit_rl_tests/TwoSteps-v0" not in gym.registry:
+        gym.register("lit_rl_tests/TwoSteps-v0", entry_point=TwoSteps)
+    return EnvConfig("lit_rl_tests/TwoSteps-v0", num_envs=4)
+
+
+@pytest.mark.parametrize("form", [{}, {"dueling": True, "hidden": 16}], ids=str)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_every_head_learns_the_values_of_two_steps(head: Callable, form: dict[str, Any]) -> None:
+    model, _, _, _ = train(
+        two_steps(),
+        partial(MLP, d_model=16, n_layers=1),
+        partial(head, **form),
+        total_frames=2_400,
+        gamma=0.5,
+        batch_size=32,
+        target_update_frames=80,
+        exploration_final=1.0,
+        lr=1e-2,
+        log_frames=10_000,
+        data={"priority_exponent": 0.6},
+    )
+    rooms = torch.eye(3)[:, None]
+    out, _, _ = model.agent(rooms, model.agent.initial_state(3), torch.ones(3, 1, dtype=torch.bool))
+    values = model.agent.head.values(out)[:, 0]
+    torch.testing.assert_close(values, torch.tensor([[0.5, 1.0], [1.0, 0.0], [0.0, 2.0]]), atol=0.2, rtol=0)
+
+
+def success_at_recall(trunk: Any, **options: Any) -> float:
+    """Share of cues recalled over two blank steps, after a few seconds of learning."""
+    env = EnvConfig("lit_rl/Recall-v0", num_envs=8, kwargs={"delay": 2, "cues": 2})
+    model, data, _, _ = train(
+        env,
+        trunk,
+        total_frames=8_000,
+        batch_size=32,
+        window=4,
+        lr=5e-3,
+        learning_starts=500,
+        target_update_frames=200,
+        exploration_frames=4_000,
+        log_frames=100_000,
+        data={"episodes": 200, "stride": 2},
+        **options,
+    )
+    trainer = make_trainer()
+    trainer.test(model, datamodule=data, verbose=False)
+    return trainer.callback_metrics["test/success"].item()
+
+
+@pytest.mark.parametrize("context", ["window", "stored"])
+def test_memory_recalls_the_cue(context: str) -> None:
+    assert success_at_recall(partial(LSTM, d_model=16), context=context) >= 0.95
+
+
+def test_an_mlp_does_not() -> None:
+    """One of two cues: 0.5, and 0.65 is more than four standard deviations of 200 episodes away."""
+    assert success_at_recall(partial(MLP, d_model=16)) < 0.65
