@@ -89,6 +89,7 @@ class LitDQN(LitAgent):
         anneal_lr: learning rates fall linearly to 0.
         weight_decay: decoupled (AdamW), if above 0.
         encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        normalize_observation: by running mean and standard deviation; the replay keeps what was observed.
         latents: keep the latent of each step.
         latent_priority: share of the drift in a window's priority.
         latent_targets: stored latents stand for the steps beyond the window, which are not passed over.
@@ -130,6 +131,7 @@ class LitDQN(LitAgent):
         anneal_lr: bool = False,
         weight_decay: float = 0.0,
         encoder_width: int | None = None,
+        normalize_observation: bool = False,
         latents: bool = False,
         latent_priority: float = 0.0,
         latent_targets: bool = False,
@@ -168,10 +170,12 @@ class LitDQN(LitAgent):
             trunk or MLP,
             head or ExpectedQ,
             encoder_width=encoder_width,
+            normalize_observation=normalize_observation,
             exploration=exploration,
             acting_window=window if context == "window" else None,
         )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
+        self.target.norms = self.agent.norms  # both see what acting sees
         self.window = window
         self.context = context
         self.burn_in = burn_in
@@ -243,9 +247,9 @@ class LitDQN(LitAgent):
 
     # ------------------------------------------------------------------ one block
 
-    def training_step(self, episodes: TensorDict, batch_idx: int) -> None:
+    def training_step(self, collected: TensorDict, batch_idx: int) -> None:
         learning_from = time.perf_counter()
-        before = self.frames
+        before, episodes = self.frames, collected[keys.EPISODES]
         self.frames += episodes.numel() * self.trainer.world_size
         self._keep_finished(episodes)
         replay: WindowReplay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
@@ -257,6 +261,8 @@ class LitDQN(LitAgent):
         ):
             self._follow(1.0)
         self._apply_schedules()  # for the steps to come
+        if len(collected[keys.WINDOWS]):
+            self.agent.update_normalization(collected[keys.WINDOWS, keys.STEPS, keys.OBSERVATION])
 
         now = time.perf_counter()
         self._since_log["collecting"] += learning_from - self._ready_at
@@ -325,11 +331,15 @@ class LitDQN(LitAgent):
         terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
         start = self.burn_in
         learnt = slice(start, self.window)
-        out_MTAZ, latent_MTD = self._pass(self.agent, drawn.windows)
+        out_MLAZ, latent_MLD, state_M = self._pass(self.agent, drawn.windows)
         with torch.no_grad():
-            target_MTAZ, _ = self._pass(self.target, drawn.windows)
             head = self.agent.head
-            best_MT = head.values((out_MTAZ if self.is_double else target_MTAZ).detach()).argmax(-1)
+            target_MLAZ, _, target_state_M = self._pass(self.target, drawn.windows)
+            target_MTAZ = self._and_ahead(self.target, drawn.windows, target_MLAZ, target_state_M)
+            judge_MTAZ = target_MTAZ
+            if self.is_double:
+                judge_MTAZ = self._and_ahead(self.agent, drawn.windows, out_MLAZ.detach(), state_M)
+            best_MT = head.values(judge_MTAZ).argmax(-1)
             ahead = n_step(
                 reward[:, start:],
                 terminated[:, start:],
@@ -339,7 +349,7 @@ class LitDQN(LitAgent):
             )
             best_MTZ = _of_action(target_MTAZ, best_MT)
             bootstrap_MLZ = best_MTZ.gather(1, ahead.at.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))
-        predicted_MLZ = _of_action(out_MTAZ[:, : self.window - start], action[:, learnt])
+        predicted_MLZ = _of_action(out_MLAZ, action[:, learnt])
         loss_ML = head.loss(predicted_MLZ, ahead.reward, ahead.discount, bootstrap_MLZ)
 
         counts_ML = has_action[:, learnt].clone()
@@ -359,11 +369,11 @@ class LitDQN(LitAgent):
                 "q": (value_ML * counts_ML).sum() / count_M.sum(),
             }
             if self.latents:
-                stored_MLD, now_MLD = steps_MT[keys.LATENT][:, learnt], latent_MTD[:, : self.window - start]
-                drift_ML = (now_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
+                stored_MLD = steps_MT[keys.LATENT][:, learnt]
+                drift_ML = (latent_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
                 drift_M = drift_ML.sum(1) / count_M
                 priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
-                q_now = head.values(out_MTAZ[:, : self.window - start])
+                q_now = head.values(out_MLAZ)
                 q_stored = head.values(self.agent.of_latent(stored_MLD))
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / q_now.abs().amax((1, 2)).unsqueeze(1)
                 measured["drift"] = drift_M.mean()
@@ -374,24 +384,28 @@ class LitDQN(LitAgent):
             measured["auxiliary_loss"] = auxiliary.detach()
         return loss, priority_M + LEAST_PRIORITY, measured
 
-    def _pass(self, network: QNetwork, windows: TensorDict) -> tuple[Tensor, Tensor]:
-        """Head outputs ``[M, T, A, Z]`` and latents of windows, from behind their burn-in on."""
-        steps_MT = windows[keys.STEPS]
-        observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
+    def _pass(self, network: QNetwork, windows: TensorDict) -> tuple[Tensor, Tensor, TensorDict]:
+        """Head outputs ``[M, L, A, Z]``, latents and the memory behind them, for what lies behind burn-in."""
+        observation, is_init = windows[keys.STEPS, keys.OBSERVATION], windows[keys.STEPS, keys.IS_INIT]
         state_M = windows.get(keys.TRUNK_STATE, None)
         if state_M is None:
             state_M = network.trunk.initial_state(len(windows))
         if self.burn_in:
             with torch.no_grad():
-                features = network.encoder(observation[:, : self.burn_in])
-                _, state_M = network.trunk(features, state_M, is_init[:, : self.burn_in])
-        passed = slice(self.burn_in, self.window if self.latent_targets else None)
-        out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
+                _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
+        learnt = slice(self.burn_in, self.window)
+        return network(observation[:, learnt], state_M, is_init[:, learnt])
+
+    def _and_ahead(
+        self, network: QNetwork, windows: TensorDict, out_MLAZ: Tensor, state_M: TensorDict
+    ) -> Tensor:
+        """Head outputs ``[M, T, A, Z]``: those that learn and those that follow, which only bootstrap."""
+        steps_Mn = windows[keys.STEPS][:, self.window :]
         if self.latent_targets:
-            with torch.no_grad():
-                ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
-            out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
-        return out_MTAZ, latent_MTD
+            ahead_MnAZ = network.of_latent(steps_Mn[keys.LATENT])
+        else:
+            ahead_MnAZ, _, _ = network(steps_Mn[keys.OBSERVATION], state_M, steps_Mn[keys.IS_INIT])
+        return torch.cat([out_MLAZ, ahead_MnAZ], 1)
 
     # ------------------------------------------------------------------ what a block tells
 

@@ -66,14 +66,14 @@ class ReplayLoader:
     def _collect(self) -> TensorDict:
         batch = self.collector.rollout()
         self.replay.extend(batch[keys.WINDOWS])
-        return batch[keys.EPISODES]
+        return batch
 
 
 class ReplayDataModule(EnvDataModule):
     """A replay of windows that grows as the agent acts; whole episodes for evaluation.
 
-    A training batch holds the episodes that ended in the steps just collected; the learner draws
-    from `replay` as often as it likes. With several processes each has a replay of its own.
+    A training batch is what has just been collected, the windows that it completed and the episodes that it
+    ended; the learner draws from `replay` as often as it likes. Each process has a replay of its own.
 
     Args:
         env: the environment.

@@ -45,6 +45,7 @@ class QNetwork(Agent):
         trunk: makes a trunk for a number of input features.
         head: makes a head for a number of features and of actions.
         encoder_width: features of a linear + ReLU layer before the trunk; none if absent.
+        normalize_observation: running mean and variance of every continuous part of the observation.
         exploration: how actions are sampled.
         acting_window: act on the last so many observations alone, from an empty memory, instead of
             carrying memory along (Latent Mamba-DQN's way); carry it if absent.
@@ -58,6 +59,7 @@ class QNetwork(Agent):
         head: HeadFactory,
         *,
         encoder_width: int | None = None,
+        normalize_observation: bool = False,
         exploration: Exploration = "epsilon_greedy",
         acting_window: int | None = None,
     ) -> None:
@@ -65,7 +67,12 @@ class QNetwork(Agent):
             raise UserError(
                 f"LitDQN chooses among discrete actions, not in {one_line(action_space)}: use LitPPO"
             )
-        super().__init__(observation_space, trunk, encoder_width=encoder_width)
+        super().__init__(
+            observation_space,
+            trunk,
+            encoder_width=encoder_width,
+            normalize_observation=normalize_observation,
+        )
         self.num_actions = int(action_space.n)
         self.start = int(action_space.start)
         self.head = head(self.trunk.out_features, self.num_actions)
@@ -89,7 +96,7 @@ class QNetwork(Agent):
             state: the trunk's state ``[N]`` before the first step.
             is_init: bool ``[N, T]``, first observation of an episode.
         """
-        latent, state = self.trunk(self.encoder(observation), state, is_init)
+        latent, state = self.trunk(self.encoder(self._normalize(observation)), state, is_init)
         return self.of_latent(latent), latent, state
 
     def of_latent(self, latent: Tensor) -> Tensor:
@@ -123,7 +130,7 @@ class QNetwork(Agent):
         self, observation: Observation, state: TensorDict, is_init: Tensor
     ) -> tuple[Tensor, TensorDict]:
         """Latents ``[N, D]`` of observations ``[N, ...]`` while acting, and the memory after them."""
-        features = self.encoder(self._add_time(observation))
+        features = self.encoder(self._normalize(self._add_time(observation)))
         latent, state = (self.windowed or self.trunk)(features, state, is_init.unsqueeze(1))
         return latent.squeeze(1), state
 
