@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -261,8 +262,7 @@ class LitDQN(LitAgent):
         ):
             self._follow(1.0)
         self._apply_schedules()  # for the steps to come
-        if len(collected[keys.WINDOWS]):
-            self.agent.update_normalization(collected[keys.WINDOWS, keys.STEPS, keys.OBSERVATION])
+        self._update_normalization(collected[keys.WINDOWS])
 
         now = time.perf_counter()
         self._since_log["collecting"] += learning_from - self._ready_at
@@ -279,6 +279,11 @@ class LitDQN(LitAgent):
         self.agent.exploration_rate = first + (last - first) * min(self.frames / self.exploration_frames, 1.0)
         for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
             group["lr"] = lr * (1 - self.progress) if self.anneal_lr else lr
+
+    def _update_normalization(self, windows: TensorDict) -> None:
+        """In all processes where one of them has windows, even if this one has none: they sum up together."""
+        if self.agent.normalized and sum(gather_list([len(windows)])):
+            self.agent.update_normalization(windows[keys.STEPS, keys.OBSERVATION])
 
     def _all_have(self, replay: WindowReplay) -> bool:
         """Whether every process has windows: all of them take the same steps, or none does."""
@@ -326,19 +331,22 @@ class LitDQN(LitAgent):
 
     def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss of a batch; new priorities ``[M]``; what was measured. The last two without gradient."""
-        steps_MT = drawn.windows[keys.STEPS]
+        # A plain dictionary: looking into a TensorDict costs as much as a small operation.
+        steps_MT = dict(drawn.windows[keys.STEPS].items())
         action, reward = steps_MT[keys.ACTION], steps_MT[keys.REWARD]
         terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
         start = self.burn_in
         learnt = slice(start, self.window)
-        out_MLAZ, latent_MLD, state_M = self._pass(self.agent, drawn.windows)
+        stored_M = drawn.windows.get(keys.TRUNK_STATE, None)
+        out_MLAZ, latent_MLD, state_M = self._pass(self.agent, steps_MT, stored_M)
+        auxiliary = self.agent.auxiliary_loss()  # of this pass: those without gradient leave their own
         with torch.no_grad():
             head = self.agent.head
-            target_MLAZ, _, target_state_M = self._pass(self.target, drawn.windows)
-            target_MTAZ = self._and_ahead(self.target, drawn.windows, target_MLAZ, target_state_M)
+            target_MLAZ, _, target_state_M = self._pass(self.target, steps_MT, stored_M)
+            target_MTAZ = self._and_ahead(self.target, steps_MT, target_MLAZ, target_state_M)
             judge_MTAZ = target_MTAZ
             if self.is_double:
-                judge_MTAZ = self._and_ahead(self.agent, drawn.windows, out_MLAZ.detach(), state_M)
+                judge_MTAZ = self._and_ahead(self.agent, steps_MT, out_MLAZ.detach(), state_M)
             best_MT = head.values(judge_MTAZ).argmax(-1)
             ahead = n_step(
                 reward[:, start:],
@@ -378,18 +386,17 @@ class LitDQN(LitAgent):
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / q_now.abs().amax((1, 2)).unsqueeze(1)
                 measured["drift"] = drift_M.mean()
                 measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
-        auxiliary = self.agent.auxiliary_loss()
         if auxiliary is not None:
             loss = loss + auxiliary
             measured["auxiliary_loss"] = auxiliary.detach()
         return loss, priority_M + LEAST_PRIORITY, measured
 
-    def _pass(self, network: QNetwork, windows: TensorDict) -> tuple[Tensor, Tensor, TensorDict]:
+    def _pass(
+        self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None
+    ) -> tuple[Tensor, Tensor, TensorDict]:
         """Head outputs ``[M, L, A, Z]``, latents and the memory behind them, for what lies behind burn-in."""
-        observation, is_init = windows[keys.STEPS, keys.OBSERVATION], windows[keys.STEPS, keys.IS_INIT]
-        state_M = windows.get(keys.TRUNK_STATE, None)
-        if state_M is None:
-            state_M = network.trunk.initial_state(len(windows))
+        observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
+        state_M = network.trunk.initial_state(len(is_init)) if stored_M is None else stored_M
         if self.burn_in:
             with torch.no_grad():
                 _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
@@ -397,14 +404,14 @@ class LitDQN(LitAgent):
         return network(observation[:, learnt], state_M, is_init[:, learnt])
 
     def _and_ahead(
-        self, network: QNetwork, windows: TensorDict, out_MLAZ: Tensor, state_M: TensorDict
+        self, network: QNetwork, steps_MT: Mapping[str, Any], out_MLAZ: Tensor, state_M: TensorDict
     ) -> Tensor:
         """Head outputs ``[M, T, A, Z]``: those that learn and those that follow, which only bootstrap."""
-        steps_Mn = windows[keys.STEPS][:, self.window :]
         if self.latent_targets:
-            ahead_MnAZ = network.of_latent(steps_Mn[keys.LATENT])
+            ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
         else:
-            ahead_MnAZ, _, _ = network(steps_Mn[keys.OBSERVATION], state_M, steps_Mn[keys.IS_INIT])
+            observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
+            ahead_MnAZ, _, _ = network(observation[:, self.window :], state_M, is_init[:, self.window :])
         return torch.cat([out_MLAZ, ahead_MnAZ], 1)
 
     # ------------------------------------------------------------------ what a block tells

@@ -27,6 +27,7 @@ from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
+from lit_rl.models.q_network import QNetwork
 from lit_rl.trunks import LSTM, MLP, Trunk
 
 torch.set_num_threads(1)
@@ -298,16 +299,29 @@ def test_burn_in_is_a_pass_without_gradient() -> None:
 
 
 def test_auxiliary_losses_join_the_loss() -> None:
+    """That of the steps that are learnt from, with its gradient."""
+
     class Balanced(MLP):
         def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
             y, state = super().forward(x, state, is_init)
             self.auxiliary_loss = y.square().mean()
             return y, state
 
-    model = LitDQN(counter(), Balanced)
-    loss, _, measured = model._loss(all_equal(windows_of_noise(model)))
-    assert measured["auxiliary_loss"] > 0.01
-    torch.testing.assert_close(loss.detach(), measured["td_loss"] + measured["auxiliary_loss"])
+    balanced, plain = LitDQN(counter(), Balanced, window=3), LitDQN(counter(), MLP, window=3)
+    plain.load_state_dict(balanced.state_dict())
+    windows = windows_of_noise(plain).detach()
+    loss, _, measured = balanced._loss(all_equal(windows))
+    loss.backward()
+    td_loss, _, _ = plain._loss(all_equal(windows))
+    steps = windows[keys.STEPS][:, :3]
+    y, _ = plain.agent.trunk(steps[keys.OBSERVATION], TensorDict(), steps[keys.IS_INIT])
+    expected = y.square().mean()
+    (td_loss + expected).backward()
+    torch.testing.assert_close(measured["td_loss"], td_loss.detach())
+    torch.testing.assert_close(measured["auxiliary_loss"], expected.detach())
+    torch.testing.assert_close(loss, td_loss + expected)
+    for parameter, reference in zip(balanced.agent.parameters(), plain.agent.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad)
 
 
 HEADS: dict[str, Callable] = {
@@ -447,6 +461,29 @@ def test_ranks_begin_to_learn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [now.equal(look.online[0]) for now in look.online] == [True] * 4 + [False] * 7
     assert others == [5]  # once all have some they need not be asked again
     assert model.trainer.global_step == 7
+
+
+def test_observations_are_normalised_for_both_networks() -> None:
+    model, _, _, _ = train(walk(), normalize_observation=True, window=2)
+    [norm] = model.agent.norms
+    assert norm.count > 100
+    assert model.target.norms is model.agent.norms
+    assert 0.1 < norm.var.min() < norm.var.max() < 1.0  # sines
+
+
+def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of 9 + 1 steps is complete in the third block of 4, in another process in the first."""
+    updates: list[int] = []
+    monkeypatch.setattr(
+        QNetwork, "update_normalization", lambda self, observation: updates.append(len(observation))
+    )
+    options = {"normalize_observation": True, "window": 9, "total_frames": 64}
+    train(walk(), **options)
+    assert updates == [4]
+    monkeypatch.setattr(dqn, "gather_list", lambda mine: [*mine, 1])
+    updates.clear()
+    train(walk(), **options, learning_starts=10_000)
+    assert updates == [0, 0, 4, 0]
 
 
 # ------------------------------------------------------------------ guards
