@@ -3,12 +3,12 @@
 `env.kwargs` is `config`, highway-env's own configuration, on both backends; `env.time_limit` takes the place
 of its `duration`. EnvPool 1.2.5 has most of the ids, but the traffic of its merge, roundabout, exit and so on
 is not highway-env's, and mostly starts every episode in the same places. `highway-v0` and `highway-fast-v0`
-agree; the rest is refused. Stepped from the same states, these two differ from highway-env 1.12 in
+agree; the rest is refused. Played from the same start, these two differ from highway-env 1.12 in
 
 - where a driver goes who would gain in both neighbouring lanes: left, and in highway-env right. All else is
   alike on both sides of the road, so the port is seen in a mirror, `MirroredPool`;
 - a crash in the last step: truncated only. Here it is terminated as well;
-- the observation after a crash, which pushes the vehicles apart otherwise. As the last of an episode that is
+- at times the observation after a crash, which pushes the vehicles apart. As the last of an episode that is
   terminated it is never learnt from, and stays as it is.
 
 `python -m lit_rl.benchmarks.highway_agreement` measures what is left.
