@@ -2,7 +2,8 @@
 
 What a resumed run finds again, to the bit: weights, normalisation and reward statistics, the optimizer's
 state, the frame count (and so learning rates and schedules), the best score, and the random states of
-python, numpy, torch and action sampling, of every rank. Two resumes from one checkpoint are equal.
+python, numpy, torch and action sampling, of every rank. Off-policy runs find their target network, too, and
+go on with the replay that was saved beside last.ckpt. Two resumes from one checkpoint are equal.
 
 What it does not: simulators cannot be saved, so every environment starts a new episode (other than the
 first ones, seeded by the run's seed and the frame count), and with it memory, the discounted return that
@@ -18,7 +19,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -26,6 +27,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_rl.algorithms.base import LitAgent
 from lit_rl.data import EnvDataModule
 from lit_rl.errors import UserError
 
@@ -59,9 +61,19 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+        self._frames_saved = 0
+
+    def _should_skip_saving_checkpoint(self, trainer: L.Trainer) -> bool:
+        # Lightning goes by optimizer steps; before the first one there are frames, and a replay, to lose.
+        self._last_global_step_saved = trainer.global_step if self._is_saved(trainer) else -1
+        return super()._should_skip_saving_checkpoint(trainer)
+
+    def _is_saved(self, trainer: L.Trainer) -> bool:
+        return self._frames_saved == cast(LitAgent, trainer.lightning_module).frames
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
+        self._frames_saved = cast(LitAgent, trainer.lightning_module).frames
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, EnvDataModule):
             data.after_last_checkpoint()
@@ -71,7 +83,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         # Any other exception may have left weights half-way through an update.
         told = isinstance(exception, SIGTERMException) and trainer.training
-        if told and self._last_global_step_saved < trainer.global_step:
+        if told and not self._is_saved(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
