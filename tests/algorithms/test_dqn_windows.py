@@ -94,6 +94,15 @@ def loss_of(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor, dict[st
     return model._loss(Drawn(windows, torch.ones(len(windows)), torch.arange(len(windows))))
 
 
+def passed(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor]:
+    """Action values and latents ``[M, L, ...]`` of whole windows."""
+    steps, agent = windows[keys.STEPS][:, : model.window], model.agent
+    state = windows.get(keys.TRUNK_STATE, None)
+    state = agent.trunk.initial_state(len(windows)) if state is None else state
+    out, latent, _ = agent(steps[keys.OBSERVATION], state, steps[keys.IS_INIT])
+    return agent.head.values(out), latent
+
+
 def taught(model: LitDQN, windows: TensorDict) -> dict[Place, list[tuple[float, float]]]:
     """Predicted value and target wherever an action was taken behind the burn-in, window by window."""
     loss_of(model, windows)
@@ -233,24 +242,25 @@ def test_resets_inside_windows_count(trunk: str) -> None:
 @pytest.mark.parametrize("trunk", installed_trunks())
 def test_acting_on_a_window_is_learning_on_it(trunk: str, window: int) -> None:
     """The last step of a window: memory is empty at its start, for either."""
-    model = make(trunk, context="window", window=window, latents=True)
+    model = make(trunk, context="window", window=window, loss_steps=1, latents=True)
     _, windows = collect(model, blocks=3)
-    out, latent, _ = model._pass(model.agent, windows)
-    last = windows[keys.STEPS][:, window - 1]
-    torch.testing.assert_close(latent[:, window - 1], last[keys.LATENT], atol=1e-5, rtol=0)
-    acting = model.agent.head.values(model.agent.of_latent(last[keys.LATENT]))
-    torch.testing.assert_close(model.agent.head.values(out)[:, window - 1], acting, atol=1e-5, rtol=0)
+    values, latent = passed(model, windows)
+    acting = windows[keys.STEPS, keys.LATENT][:, window - 1]
+    torch.testing.assert_close(latent[:, -1], acting, atol=1e-5, rtol=0)
+    acting_values = model.agent.head.values(model.agent.of_latent(acting))
+    torch.testing.assert_close(values[:, -1], acting_values, atol=1e-5, rtol=0)
+    _, _, measured = loss_of(model, windows)
+    assert measured["drift"].item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 5])
 @pytest.mark.parametrize("trunk", WITH_MEMORY)
 def test_memory_carried_into_a_window_is_not_its_own(trunk: str, window: int) -> None:
     """Negative control: an agent that carries memory along, and windows that start without."""
-    model = make(trunk, context="stored", window=window, latents=True)
+    model = make(trunk, context="stored", window=window, loss_steps=1, latents=True)
     _, windows = collect(model, blocks=3)
-    last = windows[keys.STEPS][:, window - 1]
-    _, latent, _ = model._pass(model.agent, windows.exclude(keys.TRUNK_STATE))
-    assert not torch.allclose(latent[:, window - 1], last[keys.LATENT], atol=1e-3)
+    _, _, measured = loss_of(model, windows.exclude(keys.TRUNK_STATE))
+    assert measured["drift"] > 1e-3
 
 
 def test_what_is_kept_depends_on_the_context() -> None:
@@ -276,7 +286,7 @@ def test_stored_latents_are_those_of_acting(trunk: str) -> None:
     """With ``context: stored`` every step, the true last observations included."""
     model = make(trunk, context="stored", window=6, n_step=2, latents=True)
     _, windows = collect(model, 4)
-    _, latent, _ = model._pass(model.agent, windows)
+    _, latent = passed(model, windows)
     torch.testing.assert_close(latent, windows[keys.STEPS, keys.LATENT][:, :6], atol=1e-5, rtol=0)
     assert not windows[keys.STEPS, keys.HAS_ACTION].all()
 
@@ -303,13 +313,13 @@ def test_delta_q_is_relative_to_the_largest_value() -> None:
     stored += torch.randn_like(stored)
     _, _, measured = loss_of(model, windows)
     head, expected, drifts = model.agent.head, [], []
-    out, latent, _ = model._pass(model.agent, windows)
+    values, latent = passed(model, windows)
     for m in range(len(windows)):
-        now = head.values(out[m, :4])
+        now = values[m]
         was = head.values(head(stored[m, :4]))
         acted = windows[keys.STEPS, keys.HAS_ACTION][m, :4]
         expected += ((now - was).square().sum(-1).sqrt() / now.abs().max())[acted].tolist()
-        drifts.append((latent[m, :4] - stored[m, :4]).square().sum(-1).sqrt()[acted].mean().item())
+        drifts.append((latent[m] - stored[m, :4]).square().sum(-1).sqrt()[acted].mean().item())
     assert measured["delta_q"].item() == pytest.approx(np.mean(expected), rel=1e-5)
     assert measured["drift"].item() == pytest.approx(np.mean(drifts), rel=1e-5)
 
