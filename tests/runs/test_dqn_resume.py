@@ -61,11 +61,13 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def fit(*options: str, stop: int | None = None, snapshots: str = "none") -> Done:
+def fit(
+    *options: str, stop: int | None = None, hook: str = "on_train_batch_end", snapshots: str = "none"
+) -> Done:
     """A run that is stopped at so many frames and writes what it was like to a folder, at start and end."""
     callbacks = [f"{{class_path: dqn_probes.Snapshots, init_args: {{folder: {snapshots}}}}}"]
     if stop is not None:
-        init_args = f"{{name: SIGTERM, hook: on_train_batch_end, frames: {stop}}}"
+        init_args = f"{{name: SIGTERM, hook: {hook}, frames: {stop}}}"
         callbacks.append(f"{{class_path: probes.SignalAt, init_args: {init_args}}}")
     return run(*OPTIONS, f"--trainer.callbacks=[{', '.join(callbacks)}]", *options)
 
@@ -187,6 +189,18 @@ def test_a_finished_run_has_nothing_to_do() -> None:
     assert (table.stat().st_ino, table.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     for key, value in dqn_probes.read("first", "end").items():
         assert dqn_probes.same(dqn_probes.read("after", "end")[key], value), key
+
+
+def test_stopped_again_before_the_first_block() -> None:
+    """What last.ckpt refers to is not written, and for a moment missing, once more."""
+    assert fit(stop=2 * EPOCH, hook="on_train_epoch_end").code == 143
+    table = FOLDER / "replay" / f"frames_{2 * EPOCH}" / "rank_0" / "windows.json"
+    written, checkpoint = table.stat(), LAST.stat()
+    assert fit("--ckpt_path=last", stop=2 * EPOCH, hook="on_train_epoch_start").code == 143
+    assert LAST.stat().st_mtime_ns > checkpoint.st_mtime_ns  # it was saved
+    assert (table.stat().st_ino, table.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    go_on()
+    assert last()["frames"] == TOTAL
 
 
 def test_what_a_killed_run_left_is_cleared() -> None:
