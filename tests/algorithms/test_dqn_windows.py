@@ -325,16 +325,19 @@ def test_delta_q_is_relative_to_the_largest_value() -> None:
 
 
 def test_drift_enters_the_priority_by_its_share() -> None:
-    def priority(share: float) -> Tensor:
+    def priority(share: float) -> tuple[Tensor, float]:
         model = make("lstm", context="stored", window=4, latents=True, latent_priority=share)
         _, windows = collect(model)
         stored = windows[keys.STEPS, keys.LATENT]
         stored += torch.randn(stored.shape, generator=torch.Generator().manual_seed(1))
-        return loss_of(model, windows)[1] - LEAST_PRIORITY
+        _, priority, measured = loss_of(model, windows)
+        return priority - LEAST_PRIORITY, measured["drift"].item()
 
-    error, drift = priority(0.0), priority(1.0)
+    error, _ = priority(0.0)
+    drift, mean = priority(1.0)
+    assert drift.mean().item() == pytest.approx(mean, rel=1e-5)
     assert (error - drift).abs().min() > 1e-3
-    torch.testing.assert_close(priority(0.3), 0.7 * error + 0.3 * drift)
+    torch.testing.assert_close(priority(0.3)[0], 0.7 * error + 0.3 * drift)
 
 
 @pytest.mark.parametrize("latent_targets", [True, False])
