@@ -6,7 +6,9 @@ import json
 import os
 import pydoc
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -77,6 +79,51 @@ def resolve_options(argv: list[str]) -> list[str]:
             # First none: or the new trunk would keep options of the one it replaces.
             resolved += [f"{key}=null", f"{key}={json.dumps(chosen)}"]
     return resolved
+
+
+def pairs(options: list[str]) -> list[tuple[str, str]]:
+    """``--key value`` and ``--key=value`` as pairs."""
+    return [
+        (option.partition("=")[0], option.partition("=")[2] if "=" in option else value)
+        for option, value in zip_longest(options, options[1:], fillvalue="")
+        if option.startswith("--")
+    ]
+
+
+def chosen_classes(argv: list[str], otherwise: Mapping[str, type]) -> dict[str, str]:
+    """The class path that options and configurations name last for each section.
+
+    What a section is by default must be what it is in the end: the parser keeps the values of one class's
+    options, defaults too, for the class that takes its place.
+
+    Args:
+        argv: options.
+        otherwise: by section, the class of one that nothing names.
+    """
+    chosen = {
+        section: f"{default.__module__}.{default.__qualname__}" for section, default in otherwise.items()
+    }
+    for key, value in pairs(argv):
+        named = _classes_in(value) if key in ("-c", "--config") else {}
+        for section in otherwise:
+            if key in (f"--{section}", f"--{section}.class_path"):
+                named = {section: value}
+            known = sys.modules[otherwise[section].__module__.rpartition(".")[0]]
+            found = pydoc.locate(named.get(section, "")) or getattr(known, named.get(section, ""), None)
+            if isinstance(found, type):  # the parser complains of whatever else is named
+                chosen[section] = f"{found.__module__}.{found.__qualname__}"
+    return chosen
+
+
+def _classes_in(config: str) -> dict[str, str]:
+    """The class paths in a configuration, given as a file or as text; none if it is not to be read."""
+    try:
+        tree = yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
+    except (OSError, ValueError, yaml.YAMLError):  # said by the parser
+        return {}
+    sections = tree.items() if isinstance(tree, dict) else ()
+    named = {key: part.get("class_path") if isinstance(part, dict) else part for key, part in sections}
+    return {key: name for key, name in named.items() if isinstance(name, str)}
 
 
 def _load(text: str) -> Any:

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_rl import arguments, checkpoints, messages, ranks
+from lit_rl.algorithms import LitPPO
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.callbacks import (
     AttentionMaps,
@@ -34,7 +34,7 @@ from lit_rl.callbacks import (
     StopOnSignal,
     Stopped,
 )
-from lit_rl.data import EnvDataModule
+from lit_rl.data import EnvDataModule, RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 
@@ -50,6 +50,7 @@ class LitRLCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
+        self._classes = arguments.chosen_classes(args[1:], {"model": LitPPO, "data": RolloutDataModule})
         super().__init__(
             LitAgent,
             EnvDataModule,
@@ -87,12 +88,7 @@ class LitRLCLI(LightningCLI):
         parser.add_argument("--video", type=str | None, help="test: folder for a video of one episode.")
         parser.add_argument("--output", type=str | None, help="predict: folder for the episodes.")
         parser.add_argument("--torch_threads", type=int, default=1, help="Torch's threads in each process.")
-        parser.set_defaults(
-            {
-                "model": {"class_path": "lit_rl.algorithms.LitPPO"},
-                "data": {"class_path": "lit_rl.data.RolloutDataModule"},
-            }
-        )
+        parser.set_defaults({section: {"class_path": path} for section, path in self._classes.items()})
         for target, source in arguments.LINKED.items():
             parser.link_arguments(source, target.replace(".", ".init_args.", 1))
 
@@ -297,7 +293,9 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
     `last` and `best` stand for the newest whole checkpoint of the run `--name`, or of all runs.
     """
     subcommand, *options = argv
-    named = {key: value for key, value in _pairs(options) if key in ("--ckpt_path", "--name", "--config")}
+    named = {
+        key: value for key, value in arguments.pairs(options) if key in ("--ckpt_path", "--name", "--config")
+    }
     if subcommand == "fit" or "--ckpt_path" not in named:
         return argv
     if "--config" in named and named["--ckpt_path"] in ("last", "best"):
@@ -319,15 +317,6 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
     return [subcommand, "--config", yaml.safe_dump(kept), *options, "--ckpt_path", str(path)]
 
 
-def _pairs(options: list[str]) -> list[tuple[str, str]]:
-    """``--key value`` and ``--key=value`` as pairs."""
-    return [
-        (option.partition("=")[0], option.partition("=")[2] if "=" in option else value)
-        for option, value in zip_longest(options, options[1:], fillvalue="")
-        if option.startswith("--")
-    ]
-
-
 def build(argv: list[str]) -> LitRLCLI:
     """Everything the command names, built and ready to run; raises `UserError` for whatever does not fit."""
     try:
@@ -346,7 +335,7 @@ def _in_one_line(error: Exception, argv: list[str]) -> UserError:
     for link in links:
         if isinstance(link, UserError):
             return link
-    configs = " and ".join(value for key, value in _pairs(argv[1:]) if key in ("-c", "--config"))
+    configs = " and ".join(value for key, value in arguments.pairs(argv[1:]) if key in ("-c", "--config"))
     if isinstance(error, ArgumentError):
         return UserError(f"{messages.one_line(str(error), configs)}; see lit-rl {argv[0]} --help")
     if isinstance(error, UnicodeDecodeError):

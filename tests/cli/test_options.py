@@ -128,17 +128,30 @@ def test_help_of_a_trunk(lit_rl, form):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_configuration_trains(path, lit_rl, tmp_path):
-    data = yaml.safe_load(path.read_text())["data"]["init_args"]
-    done = lit_rl(
-        "fit",
-        f"--config={path}",
-        f"--data.rollout_length={max(64, 2 * (data.get('sequence_length') or 1))}",
-        "--data.frames_per_epoch=1",
-        "--model.total_frames=1",
-        "--model.num_epochs=1",
-        "--env.time_limit=20",
-        "--episodes=1",
-    )
+    data = yaml.safe_load(path.read_text())["data"]
+    if data["class_path"] == "RolloutDataModule":
+        length = max(64, 2 * (data["init_args"].get("sequence_length") or 1))
+        little = [f"--data.rollout_length={length}", "--model.total_frames=1", "--model.num_epochs=1"]
+    else:
+        little = ["--model.total_frames=120", "--model.learning_starts=60", "--model.updates_per_block=1"]
+    always = ["--data.frames_per_epoch=1", "--env.time_limit=20", "--episodes=1"]
+    done = lit_rl("fit", f"--config={path}", *little, *always)
     assert done.code == 0, done.err
     assert "evaluation: return " in done.out
     assert len(list(tmp_path.glob("logs/*/version_0/checkpoints/last.ckpt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model", "LitDQN"], {"max_grad_norm": 10.0, "anneal_lr": False}),
+        (["--model=lit_rl.algorithms.LitDQN", "--model.lr=0.5"], {"max_grad_norm": 10.0, "lr": 0.5}),
+        (["--config", str(CARTPOLE), "--model", "LitDQN"], {"max_grad_norm": 10.0, "total_frames": 150_000}),
+        (["--config", "{model: {class_path: LitDQN, init_args: {gamma: 0.5}}}"], {"lr": 1e-3, "gamma": 0.5}),
+        (["--model", "LitDQN", "--model", "LitPPO"], {"max_grad_norm": 0.5, "anneal_lr": True}),
+        ([], {"max_grad_norm": 0.5, "anneal_lr": True}),
+    ],
+)
+def test_what_is_not_said_is_the_default_of_the_chosen_algorithm(options, expected, lit_rl):
+    model = yaml.safe_load(printed(lit_rl, *options))["model"]["init_args"]
+    assert {key: model[key] for key in expected} == expected
