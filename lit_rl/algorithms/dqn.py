@@ -300,7 +300,7 @@ class LitDQN(LitAgent):
             drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
             loss, priority, measured = self._loss(drawn)
             # An error that is clipped has a finite gradient even where it is infinite itself.
-            loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+            loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
             norm = average_and_clip(parameters, self.max_grad_norm)
             if not math.isfinite(norm):
                 raise UserError(
