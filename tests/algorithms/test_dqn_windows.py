@@ -336,7 +336,7 @@ def test_drift_enters_the_priority_by_its_share() -> None:
     error, _ = priority(0.0)
     drift, mean = priority(1.0)
     assert drift.mean().item() == pytest.approx(mean, rel=1e-5)
-    assert (error - drift).abs().min() > 1e-3
+    assert (error - drift).abs().mean() > 1e-2
     torch.testing.assert_close(priority(0.3)[0], 0.7 * error + 0.3 * drift)
 
 
