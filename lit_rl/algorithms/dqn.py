@@ -152,6 +152,12 @@ class LitDQN(LitAgent):
         most = 1.0 if exploration == "epsilon_greedy" else math.inf
         rates = {"exploration_initial": exploration_initial, "exploration_final": exploration_final}
         check_range(rates | {"weight_decay": weight_decay}, 0, most)
+        for option, given, allowed in (
+            ("context", context, ("window", "stored")),
+            ("exploration", exploration, ("epsilon_greedy", "softmax")),
+        ):
+            if given not in allowed:
+                raise UserError(f"{option} is {given!r}: choose {' or '.join(allowed)}")
         if not 0 <= burn_in < window:
             raise UserError(
                 f"burn_in is {burn_in} and the window {window} steps: leave steps to learn from, or lengthen "
@@ -338,16 +344,12 @@ class LitDQN(LitAgent):
         start = self.burn_in
         learnt = slice(start, self.window)
         stored_M = drawn.windows.get(keys.TRUNK_STATE, None)
-        out_MLAZ, latent_MLD, state_M = self._pass(self.agent, steps_MT, stored_M)
-        auxiliary = self.agent.auxiliary_loss()  # of this pass: those without gradient leave their own
+        out_MTAZ, latent_MTD = self._pass(self.agent, steps_MT, stored_M)
+        out_MLAZ, latent_MLD = (part[:, : self.window - start] for part in (out_MTAZ, latent_MTD))
         with torch.no_grad():
             head = self.agent.head
-            target_MLAZ, _, target_state_M = self._pass(self.target, steps_MT, stored_M)
-            target_MTAZ = self._and_ahead(self.target, steps_MT, target_MLAZ, target_state_M)
-            judge_MTAZ = target_MTAZ
-            if self.is_double:
-                judge_MTAZ = self._and_ahead(self.agent, steps_MT, out_MLAZ.detach(), state_M)
-            best_MT = head.values(judge_MTAZ).argmax(-1)
+            target_MTAZ, _ = self._pass(self.target, steps_MT, stored_M)
+            best_MT = head.values((out_MTAZ if self.is_double else target_MTAZ).detach()).argmax(-1)
             ahead = n_step(
                 reward[:, start:],
                 terminated[:, start:],
@@ -383,9 +385,11 @@ class LitDQN(LitAgent):
                 priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
                 q_now = head.values(out_MLAZ)
                 q_stored = head.values(self.agent.of_latent(stored_MLD))
-                delta_q_ML = (q_now - q_stored).norm(dim=-1) / q_now.abs().amax((1, 2)).unsqueeze(1)
+                largest_M1 = q_now.amax((1, 2)).abs().clamp_min(1e-8).unsqueeze(1)
+                delta_q_ML = (q_now - q_stored).norm(dim=-1) / largest_M1
                 measured["drift"] = drift_M.mean()
                 measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
+        auxiliary = self.agent.auxiliary_loss()
         if auxiliary is not None:
             loss = loss + auxiliary
             measured["auxiliary_loss"] = auxiliary.detach()
@@ -393,26 +397,24 @@ class LitDQN(LitAgent):
 
     def _pass(
         self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None
-    ) -> tuple[Tensor, Tensor, TensorDict]:
-        """Head outputs ``[M, L, A, Z]``, latents and the memory behind them, for what lies behind burn-in."""
+    ) -> tuple[Tensor, Tensor]:
+        """Head outputs ``[M, T, A, Z]`` and latents of windows, from behind their burn-in on.
+
+        One pass for the steps learnt from and those that follow: these are few, and a second pass without
+        gradient would cost more than their gradient does.
+        """
         observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
         state_M = network.trunk.initial_state(len(is_init)) if stored_M is None else stored_M
         if self.burn_in:
             with torch.no_grad():
                 _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
-        learnt = slice(self.burn_in, self.window)
-        return network(observation[:, learnt], state_M, is_init[:, learnt])
-
-    def _and_ahead(
-        self, network: QNetwork, steps_MT: Mapping[str, Any], out_MLAZ: Tensor, state_M: TensorDict
-    ) -> Tensor:
-        """Head outputs ``[M, T, A, Z]``: those that learn and those that follow, which only bootstrap."""
+        passed = slice(self.burn_in, self.window if self.latent_targets else None)
+        out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
         if self.latent_targets:
-            ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
-        else:
-            observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
-            ahead_MnAZ, _, _ = network(observation[:, self.window :], state_M, is_init[:, self.window :])
-        return torch.cat([out_MLAZ, ahead_MnAZ], 1)
+            with torch.no_grad():
+                ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
+            out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
+        return out_MTAZ, latent_MTD
 
     # ------------------------------------------------------------------ what a block tells
 

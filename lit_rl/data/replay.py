@@ -79,8 +79,8 @@ class ReplayDataModule(EnvDataModule):
         env: the environment.
         steps_per_block: steps of each environment between two turns of learning.
         buffer_size: steps that the replay holds; there are `buffer_size / stride` windows.
-        stride: steps from one window's start to the next; adjacent windows if absent, overlapping if less
-            than the window.
+        stride: steps from one window's start to the next; as many as a window learns from if absent, so that
+            each step is learnt from in one window, in several if less.
         priority_exponent: alpha of prioritized replay (Schaul et al. 2016); 0 draws uniformly.
         storage: in `memory`, or memory-mapped on `disk` (for images).
         save_replay: save the replay beside the last checkpoint, and go on with it.
@@ -118,13 +118,16 @@ class ReplayDataModule(EnvDataModule):
         self._saved: Path | None = None
         """the folder that holds the replay as it is, or as it was when a checkpoint was last written"""
 
+    def _stride(self, shape: WindowShape) -> int:
+        return self.stride or shape.window - shape.unlearnt
+
     def check_window(self, shape: WindowShape, batch_size: int) -> None:
         """Raises `UserError` where such windows, or so many of them, do not fit."""
-        stride = self.stride or shape.window
-        if stride > shape.window:
+        stride = self._stride(shape)
+        if stride > shape.window - shape.unlearnt:
             raise UserError(
-                f"stride {stride} would leave out steps between windows of {shape.window}: make it at most "
-                "the window"
+                f"stride {stride} would leave out steps: a window learns from "
+                f"{shape.window - shape.unlearnt}; make it at most that"
             )
         spec = gym.registry.get(self.env.id)
         limit = self.env.time_limit or (spec.max_episode_steps if spec is not None else None)
@@ -148,7 +151,7 @@ class ReplayDataModule(EnvDataModule):
         assert self.trainer is not None
         module = cast(LearnsFromWindows, self.trainer.lightning_module)
         shape = module.window_shape
-        stride = self.stride or shape.window
+        stride = self._stride(shape)
         collector = WindowCollector(
             self.env.make,
             module.agent,

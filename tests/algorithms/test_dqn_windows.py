@@ -318,7 +318,7 @@ def test_delta_q_is_relative_to_the_largest_value() -> None:
         now = values[m]
         was = head.values(head(stored[m, :4]))
         acted = windows[keys.STEPS, keys.HAS_ACTION][m, :4]
-        expected += ((now - was).square().sum(-1).sqrt() / now.abs().max())[acted].tolist()
+        expected += ((now - was).square().sum(-1).sqrt() / now.max().abs())[acted].tolist()
         drifts.append((latent[m] - stored[m, :4]).square().sum(-1).sqrt()[acted].mean().item())
     assert measured["delta_q"].item() == pytest.approx(np.mean(expected), rel=1e-5)
     assert measured["drift"].item() == pytest.approx(np.mean(drifts), rel=1e-5)

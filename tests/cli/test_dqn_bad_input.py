@@ -85,7 +85,7 @@ def test_learners_and_data_of_different_kinds(refused):
             ["--model.batch_size=51"],
             "a replay of 50 windows is smaller than a batch of 51: raise buffer_size",
         ),
-        (["--data.stride=5"], "stride 5 would leave out steps between windows of 4: make it at most the"),
+        (["--data.stride=5"], "stride 5 would leave out steps: a window learns from 4; make it at most that"),
         (["--model.latent_priority=0.5"], "latent_priority and latent_targets need stored latents: set"),
         (
             [

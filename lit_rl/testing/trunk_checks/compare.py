@@ -24,7 +24,7 @@ def assert_values_close(
 ) -> None:
     """Each tensor equal within `tolerance` times its largest number, or times 1 where that is smaller."""
     for name, reference in expected.items():
-        scale = max(1.0, reference.abs().max().item()) if reference.numel() else 1.0
+        scale = max(1.0, reference.double().abs().max().item()) if reference.numel() else 1.0
         assert_close(actual[name], reference, tolerance * scale, f"{context}: {name}")
 
 
