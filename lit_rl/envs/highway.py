@@ -8,8 +8,8 @@ agree; the rest is refused. Played from the same start, these two differ from hi
 - where a driver goes who would gain in both neighbouring lanes: left, and in highway-env right. All else is
   alike on both sides of the road, so the port is seen in a mirror, `MirroredPool`;
 - a crash in the last step: truncated only. Here it is terminated as well;
-- at times the observation after a crash, which pushes the vehicles apart. As the last of an episode that is
-  terminated it is never learnt from, and stays as it is.
+- to which side a crash pushes a vehicle that drives right behind another, in the mirror. It shows in the last
+  observation of an episode that is terminated, is never learnt from, and stays as it is.
 
 `python -m lit_rl.benchmarks.highway_agreement` measures what is left.
 
