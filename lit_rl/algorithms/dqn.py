@@ -342,14 +342,28 @@ class LitDQN(LitAgent):
         action, reward = steps_MT[keys.ACTION], steps_MT[keys.REWARD]
         terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
         start = self.burn_in
-        learnt = slice(start, self.window)
-        stored_M = drawn.windows.get(keys.TRUNK_STATE, None)
-        out_MTAZ, latent_MTD = self._pass(self.agent, steps_MT, stored_M)
-        out_MLAZ, latent_MLD = (part[:, : self.window - start] for part in (out_MTAZ, latent_MTD))
+        learnt, to_come = slice(start, self.window), slice(start + 1, None)
+        stored_M, head = drawn.windows.get(keys.TRUNK_STATE, None), self.agent.head
+        if (
+            self.agent.is_memoryless
+        ):  # only what learns needs a gradient, and nothing bootstraps from the first
+            out_MLAZ, latent_MLD = self._pass(self.agent, steps_MT, None, learnt)
+            auxiliary = self.agent.auxiliary_loss()
+            with torch.no_grad():
+                target_MTAZ, _ = self._pass(self.target, steps_MT, None, to_come)
+                judge_MTAZ = target_MTAZ
+                if self.is_double:
+                    judge_MTAZ, _ = self._pass(self.agent, steps_MT, None, to_come)
+        else:
+            # One pass: what follows is little, and a second one costs more than the gradient of that.
+            out_MTAZ, latent_MTD = self._pass(self.agent, steps_MT, stored_M, slice(start, None))
+            auxiliary = self.agent.auxiliary_loss()
+            out_MLAZ, latent_MLD = (part[:, : self.window - start] for part in (out_MTAZ, latent_MTD))
+            with torch.no_grad():
+                target_MTAZ = self._pass(self.target, steps_MT, stored_M, slice(start, None))[0][:, 1:]
+                judge_MTAZ = out_MTAZ.detach()[:, 1:] if self.is_double else target_MTAZ
         with torch.no_grad():
-            head = self.agent.head
-            target_MTAZ, _ = self._pass(self.target, steps_MT, stored_M)
-            best_MT = head.values((out_MTAZ if self.is_double else target_MTAZ).detach()).argmax(-1)
+            best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
             ahead = n_step(
                 reward[:, start:],
                 terminated[:, start:],
@@ -357,8 +371,8 @@ class LitDQN(LitAgent):
                 n=self.n_step,
                 gamma=self.gamma,
             )
-            best_MTZ = _of_action(target_MTAZ, best_MT)
-            bootstrap_MLZ = best_MTZ.gather(1, ahead.at.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))
+            at_ML1 = (ahead.at - 1).clamp_min(0).unsqueeze(-1)  # among the steps to come
+            bootstrap_MLZ = best_MTZ.gather(1, at_ML1.expand(-1, -1, best_MTZ.shape[-1]))
         predicted_MLZ = _of_action(out_MLAZ, action[:, learnt])
         loss_ML = head.loss(predicted_MLZ, ahead.reward, ahead.discount, bootstrap_MLZ)
 
@@ -389,28 +403,25 @@ class LitDQN(LitAgent):
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / largest_M1
                 measured["drift"] = drift_M.mean()
                 measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
-        auxiliary = self.agent.auxiliary_loss()
         if auxiliary is not None:
             loss = loss + auxiliary
             measured["auxiliary_loss"] = auxiliary.detach()
         return loss, priority_M + LEAST_PRIORITY, measured
 
     def _pass(
-        self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None
+        self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None, passed: slice
     ) -> tuple[Tensor, Tensor]:
-        """Head outputs ``[M, T, A, Z]`` and latents of windows, from behind their burn-in on.
-
-        One pass for the steps learnt from and those that follow: these are few, and a second pass without
-        gradient would cost more than their gradient does.
-        """
+        """Head outputs ``[M, .., A, Z]`` and latents of the steps `passed`, which lie behind burn-in."""
         observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
         state_M = network.trunk.initial_state(len(is_init)) if stored_M is None else stored_M
-        if self.burn_in:
+        if self.burn_in and not self.agent.is_memoryless:
             with torch.no_grad():
                 _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
-        passed = slice(self.burn_in, self.window if self.latent_targets else None)
+        from_latents = self.latent_targets and passed.stop is None
+        if from_latents:
+            passed = slice(passed.start, self.window)
         out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
-        if self.latent_targets:
+        if from_latents:
             with torch.no_grad():
                 ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
             out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
