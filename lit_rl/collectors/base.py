@@ -5,6 +5,7 @@ Shapes: E environments, T steps a batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 from torch import nn
@@ -31,6 +33,13 @@ def to_tensor(arrays: Arrays, device: torch.device | str = "cpu") -> Any:
     if isinstance(arrays, np.ndarray):
         return torch.from_numpy(arrays).to(device)
     return {key: to_tensor(array, device) for key, array in arrays.items()}
+
+
+def observation_buffer(space: spaces.Space, leading: tuple[int, ...]) -> Arrays:
+    """Zeros ``[*leading, ...]`` for observations of a space; a mapping of them for a Dict space."""
+    if isinstance(space, spaces.Dict):
+        return {key: observation_buffer(part, leading) for key, part in space.spaces.items()}  # type: ignore[misc]
+    return np.zeros((*leading, *(space.shape or ())), space.dtype)
 
 
 def check_finite(arrays: Arrays, env: VectorEnv, step: int, rows: np.ndarray | bool = True) -> None:
@@ -97,9 +106,9 @@ class EnvCollector(BaseCollector):
         self._length: np.ndarray
         self.set_seed(seed)
 
+    @abstractmethod
     def rollout(self) -> TensorDict:
         """The next batch."""
-        raise NotImplementedError
 
     def _forget_episodes(self) -> None:
         """Before a batch: NaN stands where no episode ends."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.collectors.base import Arrays, EnvCollector, to_tensor
+from lit_rl.collectors.base import Arrays, EnvCollector, observation_buffer, to_tensor
 from lit_rl.envs.vector import map_leaves
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
@@ -79,12 +78,7 @@ class RolloutCollector(EnvCollector):
         E, T = self.env.num_envs, self.num_steps
         space, head = self.env.single_observation_space, self.policy.policy
 
-        def observation(space: Any) -> Arrays:
-            if hasattr(space, "spaces"):
-                return {key: observation(part) for key, part in space.spaces.items()}  # type: ignore[misc]
-            return np.zeros((E, T, *space.shape), space.dtype)
-
-        self._observation = observation(space)
+        self._observation = observation_buffer(space, (E, T))
         action_dtype = torch.empty(0, dtype=head.action_dtype).numpy().dtype
         self._action = np.zeros((E, T, *head.action_shape), action_dtype)
         floats = (

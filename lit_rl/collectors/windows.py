@@ -23,7 +23,7 @@ from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
 from lit_rl import keys
-from lit_rl.collectors.base import Arrays, EnvCollector, to_tensor
+from lit_rl.collectors.base import Arrays, EnvCollector, observation_buffer, to_tensor
 from lit_rl.envs.vector import map_leaves
 from lit_rl.models.q_network import QNetwork
 
@@ -91,12 +91,7 @@ class WindowCollector(EnvCollector):
         self._room = 2 * self.num_steps  # every step may be a truncation
         C = self.window + self.lookahead + max(self.stride, 4 * self._room)
 
-        def observation(space: Any) -> Arrays:
-            if hasattr(space, "spaces"):
-                return {key: observation(part) for key, part in space.spaces.items()}  # type: ignore[misc]
-            return np.zeros((E, C, *space.shape), space.dtype)
-
-        self._observation = observation(self.env.single_observation_space)
+        self._observation = observation_buffer(self.env.single_observation_space, (E, C))
         self._stream: dict[str, np.ndarray] = {
             keys.ACTION: np.zeros((E, C), np.int64),
             keys.REWARD: np.zeros((E, C), np.float32),
