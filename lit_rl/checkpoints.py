@@ -28,7 +28,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.data import EnvDataModule
 from lit_rl.errors import UserError
 
 
@@ -73,10 +72,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        self._frames_saved = cast(LitAgent, trainer.lightning_module).frames
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, EnvDataModule):
-            data.after_last_checkpoint()
+        learner = cast(LitAgent, trainer.lightning_module)
+        self._frames_saved = learner.frames
+        learner.data.after_last_checkpoint()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

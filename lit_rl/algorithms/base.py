@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl import keys
+from lit_rl.data import EnvDataModule
 from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episode, summarize
 from lit_rl.models.agent import Agent
@@ -68,6 +69,11 @@ class LitAgent(L.LightningModule):
                 f"strategy {type(strategy).__name__} is not supported: use auto or ddp (each process needs "
                 "all parameters and gradients)"
             )
+
+    @property
+    def data(self) -> EnvDataModule:
+        """The run's environment and experience."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def progress(self) -> float:

@@ -14,7 +14,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -244,7 +244,7 @@ class LitDQN(LitAgent):
         data.check_window(self.window_shape, self.batch_size)
 
     def on_fit_start(self) -> None:
-        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.check_data(self.data)
         self._logged_at = self.frames
         self._learning = False
         self._apply_schedules()
@@ -259,7 +259,7 @@ class LitDQN(LitAgent):
         before, episodes = self.frames, collected[keys.EPISODES]
         self.frames += episodes.numel() * self.trainer.world_size
         self._keep_finished(episodes)
-        replay: WindowReplay = self.trainer.datamodule.replay  # type: ignore[attr-defined]
+        replay = cast(WindowReplay, cast(ReplayDataModule, self.data).replay)
         if self.frames >= self.learning_starts and self._all_have(replay):
             together(lambda: self._learn(replay))
         if (
@@ -344,9 +344,8 @@ class LitDQN(LitAgent):
         start = self.burn_in
         learnt, to_come = slice(start, self.window), slice(start + 1, None)
         stored_M, head = drawn.windows.get(keys.TRUNK_STATE, None), self.agent.head
-        if (
-            self.agent.is_memoryless
-        ):  # only what learns needs a gradient, and nothing bootstraps from the first
+        if self.agent.is_memoryless:
+            # Only what learns needs a gradient, and nothing bootstraps from the first step.
             out_MLAZ, latent_MLD = self._pass(self.agent, steps_MT, None, learnt)
             auxiliary = self.agent.auxiliary_loss()
             with torch.no_grad():

@@ -186,7 +186,7 @@ class LitPPO(LitAgent):
             )
 
     def on_fit_start(self) -> None:
-        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.check_data(self.data)
 
     def on_train_epoch_start(self) -> None:
         self._ready_at = time.perf_counter()

@@ -6,13 +6,13 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.data import EnvDataModule
 from lit_rl.errors import UserError
 
 MAX_FRAMES = 300
@@ -51,7 +51,7 @@ class EvaluationVideo(L.Callback):
 
 def film(trainer: L.Trainer) -> bytes:
     """One evaluation episode as a GIF; raises `UserError` where the environment cannot be drawn."""
-    data: EnvDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    data = cast(LitAgent, trainer.lightning_module).data
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws to memory: no display is looked for
     try:
         with warnings.catch_warnings():
