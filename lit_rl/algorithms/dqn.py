@@ -2,10 +2,8 @@
 
 DQN (Mnih et al. 2015, Nature 518) with what Rainbow (Hessel et al. 2018, arXiv 1710.02298) put together, on
 sequences as in R2D2 (Kapturowski et al. 2019, ICLR) and with the latents of Latent Mamba-DQN in the replay.
-One update reads from top to bottom in `LitDQN._loss`.
-
-Shapes: M windows a batch, L steps learnt from, T = L + n with those that only bootstrap, A actions, Z numbers
-an action (`QHead`), D latent.
+One update reads from top to bottom in
+`lit_rl.algorithms.window_loss`; here is what surrounds it.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import lightning as L
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor
 from lit_rl import keys
 from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
 from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
+from lit_rl.algorithms.window_loss import WindowLoss
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.replay import WindowShape
 from lit_rl.data.window_replay import Drawn, WindowReplay
@@ -33,10 +31,7 @@ from lit_rl.models.agent import TrunkFactory
 from lit_rl.models.q_heads import ExpectedQ
 from lit_rl.models.q_network import Exploration, HeadFactory, QNetwork
 from lit_rl.ranks import gather_list, together
-from lit_rl.returns import n_step
 from lit_rl.trunks import MLP
-
-LEAST_PRIORITY = 1e-6  # no window is lost for good
 
 
 class LitDQN(LitAgent):
@@ -183,30 +178,32 @@ class LitDQN(LitAgent):
         )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.target.norms = self.agent.norms  # both see what acting sees
-        self.window = window
+        self.loss = WindowLoss(
+            window=window,
+            burn_in=burn_in,
+            loss_steps=window - burn_in if loss_steps is None else loss_steps,
+            n_step=n_step,
+            gamma=gamma,
+            double=double,
+            priority_eta=priority_eta,
+            latents=latents,
+            latent_priority=latent_priority,
+            latent_targets=latent_targets,
+        )
         self.context = context
-        self.burn_in = burn_in
-        self.loss_steps = window - burn_in if loss_steps is None else loss_steps
-        self.n_step = n_step
         self.batch_size = batch_size
         self.updates_per_block = updates_per_block
         self.learning_starts = learning_starts
-        self.gamma = gamma
-        self.is_double = double
         self.target_update_frames = target_update_frames
         self.tau = tau
         self.exploration_rate = (exploration_initial, exploration_final)
         self.exploration_frames = exploration_frames
         self.beta = (beta, beta_final)
-        self.priority_eta = priority_eta
         self.max_grad_norm = max_grad_norm
         self.lr = lr
         self.trunk_lr = lr if trunk_lr is None else trunk_lr
         self.anneal_lr = anneal_lr
         self.weight_decay = weight_decay
-        self.latents = latents
-        self.latent_priority = latent_priority
-        self.latent_targets = latent_targets
         self.log_every = log_frames
         self._logged_at = 0
         self._learning = False
@@ -219,11 +216,11 @@ class LitDQN(LitAgent):
     @property
     def window_shape(self) -> WindowShape:
         return WindowShape(
-            window=self.window,
-            lookahead=self.n_step,
-            unlearnt=self.window - self.loss_steps,
+            window=self.loss.window,
+            lookahead=self.loss.n_step,
+            unlearnt=self.loss.window - self.loss.loss_steps,
             with_state=self.context == "stored" and not self.agent.is_memoryless,
-            with_latent=self.latents,
+            with_latent=self.loss.latents,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -323,6 +320,9 @@ class LitDQN(LitAgent):
             self._grad_norms.append(norm)
         self.count_optimizer_steps(self.updates_per_block)
 
+    def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return self.loss(self.agent, self.target, drawn)
+
     @torch.no_grad()
     def _follow(self, share: float) -> None:
         """Moves the target network towards the online network: all the way with a share of 1."""
@@ -332,99 +332,6 @@ class LitDQN(LitAgent):
             torch._foreach_copy_(theirs, mine)
         else:
             torch._foreach_lerp_(theirs, mine, share)
-
-    # ------------------------------------------------------------------ one update
-
-    def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss of a batch; new priorities ``[M]``; what was measured. The last two without gradient."""
-        # A plain dictionary: looking into a TensorDict costs as much as a small operation.
-        steps_MT = dict(drawn.windows[keys.STEPS].items())
-        action, reward = steps_MT[keys.ACTION], steps_MT[keys.REWARD]
-        terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
-        start = self.burn_in
-        learnt, to_come = slice(start, self.window), slice(start + 1, None)
-        stored_M, head = drawn.windows.get(keys.TRUNK_STATE, None), self.agent.head
-        if self.agent.is_memoryless:
-            # Only what learns needs a gradient, and nothing bootstraps from the first step.
-            out_MLAZ, latent_MLD = self._pass(self.agent, steps_MT, None, learnt)
-            auxiliary = self.agent.auxiliary_loss()
-            with torch.no_grad():
-                target_MTAZ, _ = self._pass(self.target, steps_MT, None, to_come)
-                judge_MTAZ = target_MTAZ
-                if self.is_double:
-                    judge_MTAZ, _ = self._pass(self.agent, steps_MT, None, to_come)
-        else:
-            # One pass: what follows is little, and a second one costs more than the gradient of that.
-            out_MTAZ, latent_MTD = self._pass(self.agent, steps_MT, stored_M, slice(start, None))
-            auxiliary = self.agent.auxiliary_loss()
-            out_MLAZ, latent_MLD = (part[:, : self.window - start] for part in (out_MTAZ, latent_MTD))
-            with torch.no_grad():
-                target_MTAZ = self._pass(self.target, steps_MT, stored_M, slice(start, None))[0][:, 1:]
-                judge_MTAZ = out_MTAZ.detach()[:, 1:] if self.is_double else target_MTAZ
-        with torch.no_grad():
-            best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
-            ahead = n_step(
-                reward[:, start:],
-                terminated[:, start:],
-                has_action[:, start:],
-                n=self.n_step,
-                gamma=self.gamma,
-            )
-            at_ML1 = (ahead.at - 1).clamp_min(0).unsqueeze(-1)  # among the steps to come
-            bootstrap_MLZ = best_MTZ.gather(1, at_ML1.expand(-1, -1, best_MTZ.shape[-1]))
-        predicted_MLZ = _of_action(out_MLAZ, action[:, learnt])
-        loss_ML = head.loss(predicted_MLZ, ahead.reward, ahead.discount, bootstrap_MLZ)
-
-        counts_ML = has_action[:, learnt].clone()
-        counts_ML[:, : self.window - start - self.loss_steps] = False
-        weight_ML = counts_ML * drawn.weight.unsqueeze(-1)
-        loss = (loss_ML * weight_ML).sum() / counts_ML.sum()
-        with torch.no_grad():
-            value_ML = head.values(predicted_MLZ)
-            td_target_ML = ahead.reward + ahead.discount * head.values(bootstrap_MLZ)
-            td_error_ML = (td_target_ML - value_ML).abs() * counts_ML
-            count_M = counts_ML.sum(1)
-            mean_M = td_error_ML.sum(1) / count_M
-            priority_M = self.priority_eta * td_error_ML.amax(1) + (1 - self.priority_eta) * mean_M
-            measured = {
-                "td_loss": loss.detach(),
-                "td_error": mean_M.mean(),
-                "q": (value_ML * counts_ML).sum() / count_M.sum(),
-            }
-            if self.latents:
-                stored_MLD = steps_MT[keys.LATENT][:, learnt]
-                drift_ML = (latent_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
-                drift_M = drift_ML.sum(1) / count_M
-                priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
-                q_now = head.values(out_MLAZ)
-                q_stored = head.values(self.agent.of_latent(stored_MLD))
-                largest_M1 = q_now.amax((1, 2)).abs().clamp_min(1e-8).unsqueeze(1)
-                delta_q_ML = (q_now - q_stored).norm(dim=-1) / largest_M1
-                measured["drift"] = drift_M.mean()
-                measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
-        if auxiliary is not None:
-            loss = loss + auxiliary
-            measured["auxiliary_loss"] = auxiliary.detach()
-        return loss, priority_M + LEAST_PRIORITY, measured
-
-    def _pass(
-        self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None, passed: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Head outputs ``[M, .., A, Z]`` and latents of the steps `passed`, which lie behind burn-in."""
-        observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
-        state_M = network.trunk.initial_state(len(is_init)) if stored_M is None else stored_M
-        if self.burn_in and not self.agent.is_memoryless:
-            with torch.no_grad():
-                _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
-        from_latents = self.latent_targets and passed.stop is None
-        if from_latents:
-            passed = slice(passed.start, self.window)
-        out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
-        if from_latents:
-            with torch.no_grad():
-                ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
-            out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
-        return out_MTAZ, latent_MTD
 
     # ------------------------------------------------------------------ what a block tells
 
@@ -455,9 +362,3 @@ class LitDQN(LitAgent):
         self.log_frames(record)
         self._measured, self._grad_norms, self._finished = [], [], []
         self._since_log = {"collecting": 0.0, "learning": 0.0}
-
-
-def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:
-    """The numbers ``[M, T, Z]`` of the given actions."""
-    index = action_MT[..., None, None].expand(-1, -1, 1, out_MTAZ.shape[-1])
-    return out_MTAZ.gather(2, index).squeeze(2)

@@ -21,7 +21,8 @@ from torchrl.objectives import DQNLoss
 
 from lit_rl import keys
 from lit_rl.algorithms import dqn
-from lit_rl.algorithms.dqn import LEAST_PRIORITY, LitDQN
+from lit_rl.algorithms.dqn import LitDQN
+from lit_rl.algorithms.window_loss import LEAST_PRIORITY
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig

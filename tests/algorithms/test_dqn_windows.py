@@ -16,7 +16,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.algorithms.dqn import LEAST_PRIORITY, LitDQN
+from lit_rl.algorithms.dqn import LitDQN
+from lit_rl.algorithms.window_loss import LEAST_PRIORITY
 from lit_rl.collectors import WindowCollector
 from lit_rl.data.window_replay import Drawn
 from lit_rl.models.q_heads import ExpectedQ
@@ -96,7 +97,7 @@ def loss_of(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor, dict[st
 
 def passed(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor]:
     """Action values and latents ``[M, L, ...]`` of whole windows."""
-    steps, agent = windows[keys.STEPS][:, : model.window], model.agent
+    steps, agent = windows[keys.STEPS][:, : model.loss.window], model.agent
     state = windows.get(keys.TRUNK_STATE, None)
     state = agent.trunk.initial_state(len(windows)) if state is None else state
     out, latent, _ = agent(steps[keys.OBSERVATION], state, steps[keys.IS_INIT])
@@ -106,7 +107,7 @@ def passed(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor]:
 def taught(model: LitDQN, windows: TensorDict) -> dict[Place, list[tuple[float, float]]]:
     """Predicted value and target wherever an action was taken behind the burn-in, window by window."""
     loss_of(model, windows)
-    steps = windows[keys.STEPS][:, model.burn_in : model.window]
+    steps = windows[keys.STEPS][:, model.loss.burn_in : model.loss.window]
     places = (steps[keys.OBSERVATION].numpy() / SCALE).astype(int)
     found: dict[Place, list[tuple[float, float]]] = {}
     for m, i in np.argwhere(steps[keys.HAS_ACTION].numpy()):
@@ -156,11 +157,11 @@ def reference(
         ends = steps[-1].terminated or (truncation_ends and steps[-1].truncated)
         for t, action in enumerate(actions):
             total, k = 0.0, 0
-            while k < model.n_step and t + k < len(steps):
+            while k < model.loss.n_step and t + k < len(steps):
                 total += GAMMA**k * steps[t + k].reward * REWARD_SCALE
                 k += 1
             if not (t + k == len(steps) and ends):
-                best = int(np.argmax((online if model.is_double else target)[t + k]))
+                best = int(np.argmax((online if model.loss.double else target)[t + k]))
                 total += GAMMA**k * target[t + k][best]
             expected[tuple(map(int, steps[t].observation))] = online[t][action], total
     return expected
@@ -194,7 +195,7 @@ def test_windows_teach_what_the_stream_teaches(trunk: str, stride: int, options:
     found, expected = taught(model, windows), reference(model, env)
     assert worst(found, expected) < 1e-5
     if stride == 1:  # every step, but for the last few of each row and what burn-in leaves out
-        assert len(found) > len(expected) - len(ROWS) * (model.window + model.n_step)
+        assert len(found) > len(expected) - len(ROWS) * (model.loss.window + model.loss.n_step)
     at_end = {(*map(int, s[-1].observation),): s[-1] for s, _ in episodes_of(env)}
     ends = [at_end[place] for place in found if place in at_end]
     assert {(step.terminated, step.truncated) for step in ends} >= {
