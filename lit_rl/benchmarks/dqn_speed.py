@@ -7,12 +7,13 @@ optimizer step is not counted. Ours writes TensorBoard records as every run does
 
 from __future__ import annotations
 
-import tempfile
-import time
 from functools import partial
-from typing import Any
 
+from lit_rl.algorithms import LitDQN
 from lit_rl.benchmarks import pairs
+from lit_rl.data import ReplayDataModule
+from lit_rl.envs import EnvConfig
+from lit_rl.trunks import MLP
 
 BLOCK, UPDATES, BATCH, BUFFER = 256, 128, 64, 100_000
 LEARNING_STARTS = 1_024
@@ -25,61 +26,25 @@ def steps_per_second(marks: list[float]) -> float:
 
 
 def ours(frames: int, seed: int, *, double: bool = False) -> float:
-    import lightning as L
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from lit_rl.algorithms import LitDQN
-    from lit_rl.data import ReplayDataModule
-    from lit_rl.envs import EnvConfig
-    from lit_rl.trunks import MLP
-
-    marks: list[float] = []
-
-    class Clock(L.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            marks.append(time.perf_counter())
-
     env = EnvConfig("CartPole-v1", num_envs=1)
-    with tempfile.TemporaryDirectory() as logs:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            limit_val_batches=0,
-            logger=TensorBoardLogger(logs),
-            callbacks=[Clock()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        model = LitDQN(
-            env,
-            partial(MLP, d_model=256, n_layers=2, activation="relu"),
-            total_frames=frames,
-            batch_size=BATCH,
-            updates_per_block=UPDATES,
-            learning_starts=LEARNING_STARTS,
-            target_update_frames=BLOCK,
-            double=double,
-        )
-        data = ReplayDataModule(
-            env, steps_per_block=BLOCK, buffer_size=BUFFER, frames_per_epoch=frames, seed=seed
-        )
-        trainer.fit(model, data)
-    return steps_per_second(marks)
+    model = LitDQN(
+        env,
+        partial(MLP, d_model=256, n_layers=2, activation="relu"),
+        total_frames=frames,
+        batch_size=BATCH,
+        updates_per_block=UPDATES,
+        learning_starts=LEARNING_STARTS,
+        target_update_frames=BLOCK,
+        double=double,
+    )
+    data = ReplayDataModule(
+        env, steps_per_block=BLOCK, buffer_size=BUFFER, frames_per_epoch=frames, seed=seed
+    )
+    return steps_per_second(pairs.times_of_fit(model, data))
 
 
 def stable_baselines3(frames: int, seed: int) -> float:
     from stable_baselines3 import DQN
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    marks: list[float] = []
-
-    class Clock(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            marks.append(time.perf_counter())
-
-        def _on_step(self) -> bool:
-            return True
 
     model = DQN(
         "MlpPolicy",
@@ -94,8 +59,7 @@ def stable_baselines3(frames: int, seed: int) -> float:
         seed=seed,
         device="cpu",
     )
-    model.learn(frames, callback=Clock())
-    return steps_per_second([*marks[1:], time.perf_counter()])
+    return steps_per_second(pairs.times_of_learn(model, frames))
 
 
 def ours_double(frames: int, seed: int) -> float:

@@ -11,12 +11,57 @@ import csv
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 SpeedOf = Callable[[int, int], float]  # frames, seed -> environment steps a second
+
+
+def times_of_fit(model: L.LightningModule, data: L.LightningDataModule) -> list[float]:
+    """Seconds at which each batch had been learnt from; TensorBoard is written, as in every run."""
+    marks: list[float] = []
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as logs:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            limit_val_batches=0,
+            logger=TensorBoardLogger(logs),
+            callbacks=[Clock()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, data)
+    return marks
+
+
+def times_of_learn(model: Any, frames: int) -> list[float]:
+    """The same of a model of stable-baselines3: a rollout begins when the last was learnt from."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    marks: list[float] = []
+
+    class Clock(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            marks.append(time.perf_counter())
+
+        def _on_step(self) -> bool:
+            return True
+
+    model.learn(frames, callback=Clock())
+    return [*marks[1:], time.perf_counter()]
 
 
 def _in_a_process(module: str, which: str, frames: int, seed: int) -> float:

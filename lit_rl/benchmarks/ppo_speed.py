@@ -7,11 +7,12 @@ the peer logs nothing.
 
 from __future__ import annotations
 
-import tempfile
-import time
 from typing import Any
 
+from lit_rl.algorithms import LitPPO
 from lit_rl.benchmarks import pairs
+from lit_rl.data import RolloutDataModule
+from lit_rl.envs import EnvConfig
 
 NUM_ENVS, ROLLOUT_LENGTH = 8, 128
 WARM_UP = 5  # rollouts
@@ -24,49 +25,15 @@ def steps_per_second(marks: list[float]) -> float:
 
 
 def ours(frames: int, seed: int, **options: Any) -> float:
-    import lightning as L
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from lit_rl.algorithms import LitPPO
-    from lit_rl.data import RolloutDataModule
-    from lit_rl.envs import EnvConfig
-
-    marks: list[float] = []
-
-    class Clock(L.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            marks.append(time.perf_counter())
-
     env = EnvConfig("CartPole-v1", num_envs=NUM_ENVS)
-    with tempfile.TemporaryDirectory() as logs:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            limit_val_batches=0,
-            logger=TensorBoardLogger(logs),
-            callbacks=[Clock()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        data = RolloutDataModule(env, rollout_length=ROLLOUT_LENGTH, frames_per_epoch=frames, seed=seed)
-        trainer.fit(LitPPO(env, total_frames=frames, value_trunk="separate", lr=1e-3, **options), data)
-    return steps_per_second(marks)
+    data = RolloutDataModule(env, rollout_length=ROLLOUT_LENGTH, frames_per_epoch=frames, seed=seed)
+    model = LitPPO(env, total_frames=frames, value_trunk="separate", lr=1e-3, **options)
+    return steps_per_second(pairs.times_of_fit(model, data))
 
 
 def stable_baselines3(frames: int, seed: int) -> float:
     from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
-
-    marks: list[float] = []
-
-    class Clock(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            marks.append(time.perf_counter())
-
-        def _on_step(self) -> bool:
-            return True
 
     model = PPO(
         "MlpPolicy",
@@ -79,8 +46,7 @@ def stable_baselines3(frames: int, seed: int) -> float:
         seed=seed,
         device="cpu",
     )
-    model.learn(frames, callback=Clock())
-    return steps_per_second([*marks[1:], time.perf_counter()])
+    return steps_per_second(pairs.times_of_learn(model, frames))
 
 
 def ours_compiled(frames: int, seed: int) -> float:
