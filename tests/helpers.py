@@ -17,8 +17,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from lit_rl import registry
-from lit_rl.algorithms import LitPPO
+from lit_rl.algorithms import LitDQN, LitPPO
 from lit_rl.data import RolloutDataModule
+from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.agent import TrunkFactory
@@ -232,3 +233,12 @@ class Scripted(VectorEnv):
 
     def _seen(self, name: str) -> np.ndarray:
         return np.array([getattr(step, name) for step in self.now], np.float32)
+
+
+def window_loss(model: LitDQN, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What an optimizer step descends on these windows; new priorities; what was measured."""
+    lesson = model.loss.lesson(model.target, drawn)
+    prediction = model.loss.predict(model.agent, lesson)
+    priority, measured = model.loss.judge(model.agent.head, lesson, [prediction])
+    auxiliary = 0.0 if prediction.auxiliary is None else prediction.auxiliary
+    return prediction.loss + auxiliary, priority, measured

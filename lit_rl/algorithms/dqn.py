@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_rl import keys
 from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
 from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
-from lit_rl.algorithms.window_loss import WindowLoss
+from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.replay import WindowShape
 from lit_rl.data.window_replay import Drawn, WindowReplay
@@ -32,6 +32,8 @@ from lit_rl.models.q_heads import ExpectedQ
 from lit_rl.models.q_network import Exploration, HeadFactory, QNetwork
 from lit_rl.ranks import gather_list, together
 from lit_rl.trunks import MLP
+
+STEPS_A_LESSON = 4096
 
 
 class LitDQN(LitAgent):
@@ -209,7 +211,8 @@ class LitDQN(LitAgent):
         self._learning = False
         self._ready_at = time.perf_counter()
         self._since_log: dict[str, float] = {"collecting": 0.0, "learning": 0.0}
-        self._measured: list[dict[str, Tensor]] = []
+        self._measured: list[tuple[int, dict[str, Tensor]]] = []  # of so many updates
+        self._learning_parameters = list(self.agent.parameters())
         self._grad_norms: list[float] = []
         self._finished: list[Tensor] = []
 
@@ -295,33 +298,50 @@ class LitDQN(LitAgent):
         return self._learning
 
     def _learn(self, replay: WindowReplay) -> None:
-        optimizer = self.trainer.optimizers[0]
-        parameters = list(self.agent.parameters())
+        """So many updates, in groups that one lesson serves: while the target network stands still."""
         first, last = self.beta
-        for _ in range(self.updates_per_block):
-            drawn = replay.sample(self.batch_size, beta=first + (last - first) * self.progress)
+        beta = first + (last - first) * self.progress
+        left = self.updates_per_block
+        while left:
+            updates = min(left, self._updates_a_lesson(replay))
+            drawn = replay.sample(updates * self.batch_size, beta=beta)
             drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
-            loss, priority, measured = self._loss(drawn)
-            # An error that is clipped has a finite gradient even where it is infinite itself.
-            loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
-            norm = average_and_clip(parameters, self.max_grad_norm)
-            if not math.isfinite(norm):
-                raise UserError(
-                    f"the loss or its gradient is not finite at {self.frames} frames; this step was not "
-                    "taken and the last checkpoint is whole: lower the learning rate, or scale rewards"
-                )
-            optimizer_step(optimizer)
-            for parameter in parameters:
-                parameter.grad = None
-            if self.tau is not None:
-                self._follow(self.tau)
+            lesson = self.loss.lesson(self.target, drawn)
+            predictions = [self._update(batch) for batch in lesson.split(self.batch_size)]
+            priority, measured = self.loss.judge(self.agent.head, lesson, predictions)
             replay.update_priority(drawn.at, priority)
-            self._measured.append(measured)
-            self._grad_norms.append(norm)
+            self._measured.append((updates, measured))
+            left -= updates
         self.count_optimizer_steps(self.updates_per_block)
 
-    def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return self.loss(self.agent, self.target, drawn)
+    def _updates_a_lesson(self, replay: WindowReplay) -> int:
+        """As many as fit into memory easily; one where the next draw or target depends on it."""
+        if replay.is_prioritized or self.tau is not None:
+            return 1
+        return max(1, STEPS_A_LESSON // (self.batch_size * (self.loss.window + self.loss.n_step)))
+
+    def _update(self, lesson: Lesson) -> Prediction:
+        """One optimizer step."""
+        prediction = self._predict(lesson)
+        loss = prediction.loss if prediction.auxiliary is None else prediction.loss + prediction.auxiliary
+        # An error that is clipped has a finite gradient even where it is infinite itself.
+        loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
+        norm = average_and_clip(self._learning_parameters, self.max_grad_norm)
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the loss or its gradient is not finite at {self.frames} frames; this step was not "
+                "taken and the last checkpoint is whole: lower the learning rate, or scale rewards"
+            )
+        optimizer_step(self.trainer.optimizers[0])
+        for parameter in self._learning_parameters:
+            parameter.grad = None
+        if self.tau is not None:
+            self._follow(self.tau)
+        self._grad_norms.append(norm)
+        return prediction
+
+    def _predict(self, lesson: Lesson) -> Prediction:
+        return self.loss.predict(self.agent, lesson)
 
     @torch.no_grad()
     def _follow(self, share: float) -> None:
@@ -346,8 +366,10 @@ class LitDQN(LitAgent):
         frames, self._logged_at = self.frames - self._logged_at, self.frames
         record: dict[str, float] = {}
         if self._measured:
-            for key in self._measured[0]:
-                record[f"train/{key}"] = torch.stack([part[key] for part in self._measured]).mean().item()
+            updates = torch.tensor([float(number) for number, _ in self._measured], device=self.device)
+            for key in self._measured[0][1]:
+                parts = torch.stack([measured[key] for _, measured in self._measured])
+                record[f"train/{key}"] = ((parts * updates).sum() / updates.sum()).item()
             record["train/grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
         record["train/exploration"] = self.agent.exploration_rate
         for name, group in zip(("lr", "trunk_lr"), self.trainer.optimizers[0].param_groups, strict=True):

@@ -1,14 +1,18 @@
-"""One update of deep Q-learning on windows: targets, loss, priorities, from top to bottom in `WindowLoss`.
+"""One update of deep Q-learning on windows: the three steps of `WindowLoss`, from top to bottom.
 
-Shapes: M windows a batch, L steps learnt from, T = L + n with those that only bootstrap, A actions, Z numbers
-an action (`QHead`), D latent.
+`lesson` is what stands still while the target network does: what that says of the windows, n-step rewards,
+weights. It is made for several batches at once, which costs little more than one. `predict` is the pass that
+learns, and the loss. `judge` measures afterwards how far off it was, and gives new priorities.
+
+Shapes: M windows, L steps learnt from, T steps with burn-in before and n steps behind those, which only
+bootstrap; A actions, Z numbers an action (`QHead`), D latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -16,10 +20,71 @@ from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.data.window_replay import Drawn
+from lit_rl.models.encoder import Observation
+from lit_rl.models.q_heads import QHead
 from lit_rl.models.q_network import QNetwork
 from lit_rl.returns import n_step
 
 LEAST_PRIORITY = 1e-6  # no window is lost for good
+
+
+class Seen(NamedTuple):
+    """What a network passes over, M windows of T steps."""
+
+    observation: Observation
+    """``[M, T, ...]``"""
+    is_init: Tensor
+    """``[M, T]``"""
+    state: TensorDict
+    """the trunk's memory before the first step, ``[M]``"""
+    latent: Tensor | None
+    """``[M, T, D]`` of the time of acting, where it is kept"""
+
+    def split(self, size: int) -> list[Seen]:
+        return [Seen(*part) for part in _split_each(self, size)]
+
+
+class Lesson(NamedTuple):
+    """What M windows are to teach."""
+
+    seen: Seen
+    action: Tensor
+    """``[M, L]``, of the steps learnt from, like what follows"""
+    reward: Tensor
+    """summed up to the step that the target bootstraps from"""
+    discount: Tensor
+    """of the value there, 0 where nothing bootstraps"""
+    at: Tensor
+    """where that is, counted from the second step learnt from"""
+    counts: Tensor
+    """bool, whether the step has a loss"""
+    weight: Tensor
+    """its importance weight, 0 where it does not count"""
+    target: Tensor
+    """what the target network says from the second step on, ``[M, L + n - 1, A, Z]``"""
+    bootstrap: Tensor | None
+    """the numbers ``[M, L, Z]`` that the target rests on; None if the online network has yet to choose"""
+
+    def split(self, size: int) -> list[Lesson]:
+        """Batches of so many windows."""
+        return [Lesson(*part) for part in _split_each(self, size)]
+
+
+class Prediction(NamedTuple):
+    """What the online network said of a lesson."""
+
+    loss: Tensor
+    """with gradient, like the next; nothing else has one"""
+    auxiliary: Tensor | None
+    """what the trunk asks for beside it"""
+    predicted: Tensor
+    """of the actions taken, ``[M, L, Z]``"""
+    bootstrap: Tensor
+    """what the target rested on, ``[M, L, Z]``"""
+    drift: Tensor | None
+    """distance of the latents from the stored ones, ``[M, L]``, where these are kept"""
+    delta_q: Tensor | None
+    """R2D2's Delta-Q of them, ``[M, L]``"""
 
 
 @dataclass(frozen=True)
@@ -37,97 +102,113 @@ class WindowLoss:
     latent_priority: float
     latent_targets: bool
 
-    def __call__(
-        self, agent: QNetwork, target: QNetwork, drawn: Drawn
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss of a batch; new priorities ``[M]``; what was measured. The last two without gradient."""
+    @torch.no_grad()
+    def lesson(self, target: QNetwork, drawn: Drawn) -> Lesson:
+        """What the drawn windows are to teach, as long as the target network is what it is."""
         # A plain dictionary: looking into a TensorDict costs as much as a small operation.
-        steps_MT = dict(drawn.windows[keys.STEPS].items())
-        action, reward = steps_MT[keys.ACTION], steps_MT[keys.REWARD]
-        terminated, has_action = steps_MT[keys.TERMINATED], steps_MT[keys.HAS_ACTION]
-        start = self.burn_in
-        learnt, to_come = slice(start, self.window), slice(start + 1, None)
-        stored_M, head = drawn.windows.get(keys.TRUNK_STATE, None), agent.head
-        if agent.is_memoryless:
-            # Only what learns needs a gradient, and nothing bootstraps from the first step.
-            out_MLAZ, latent_MLD = self._pass(agent, steps_MT, None, learnt)
-            auxiliary = agent.auxiliary_loss()
-            with torch.no_grad():
-                target_MTAZ, _ = self._pass(target, steps_MT, None, to_come)
-                judge_MTAZ = target_MTAZ
-                if self.double:
-                    judge_MTAZ, _ = self._pass(agent, steps_MT, None, to_come)
+        steps: dict[str, Any] = dict(drawn.windows[keys.STEPS].items())
+        state = drawn.windows.get(keys.TRUNK_STATE, None)
+        if state is None:
+            state = target.trunk.initial_state(len(drawn.weight))
+        seen = Seen(steps[keys.OBSERVATION], steps[keys.IS_INIT], state, steps.get(keys.LATENT))
+        behind, learnt = slice(self.burn_in, None), slice(self.burn_in, self.window)
+        has_action = steps[keys.HAS_ACTION]
+        reward, at, discount = n_step(
+            steps[keys.REWARD][:, behind],
+            steps[keys.TERMINATED][:, behind],
+            has_action[:, behind],
+            n=self.n_step,
+            gamma=self.gamma,
+        )
+        at = (at - 1).clamp_min(0)
+        counts = has_action[:, learnt].clone()
+        counts[:, : -self.loss_steps] = False
+        weight = counts * drawn.weight.unsqueeze(-1)
+        # Nothing bootstraps from the first step, which only what has a memory must pass over.
+        if target.is_memoryless:
+            target_MTAZ, _ = self._pass(target, seen, slice(self.burn_in + 1, None))
         else:
-            # One pass: what follows is little, and a second one costs more than the gradient of that.
-            out_MTAZ, latent_MTD = self._pass(agent, steps_MT, stored_M, slice(start, None))
-            auxiliary = agent.auxiliary_loss()
-            out_MLAZ, latent_MLD = (part[:, : self.window - start] for part in (out_MTAZ, latent_MTD))
-            with torch.no_grad():
-                target_MTAZ = self._pass(target, steps_MT, stored_M, slice(start, None))[0][:, 1:]
-                judge_MTAZ = out_MTAZ.detach()[:, 1:] if self.double else target_MTAZ
-        with torch.no_grad():
-            best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
-            ahead = n_step(
-                reward[:, start:],
-                terminated[:, start:],
-                has_action[:, start:],
-                n=self.n_step,
-                gamma=self.gamma,
-            )
-            at_ML1 = (ahead.at - 1).clamp_min(0).unsqueeze(-1)  # among the steps to come
-            bootstrap_MLZ = best_MTZ.gather(1, at_ML1.expand(-1, -1, best_MTZ.shape[-1]))
-        predicted_MLZ = _of_action(out_MLAZ, action[:, learnt])
-        loss_ML = head.loss(predicted_MLZ, ahead.reward, ahead.discount, bootstrap_MLZ)
+            target_MTAZ = self._pass(target, seen, behind)[0][:, 1:]
+        bootstrap = None if self.double else _best(target_MTAZ, target_MTAZ, at, target.head)
+        action = steps[keys.ACTION][:, learnt]
+        return Lesson(seen, action, reward, discount, at, counts, weight, target_MTAZ, bootstrap)
 
-        counts_ML = has_action[:, learnt].clone()
-        counts_ML[:, : self.window - start - self.loss_steps] = False
-        weight_ML = counts_ML * drawn.weight.unsqueeze(-1)
-        loss = (loss_ML * weight_ML).sum() / counts_ML.sum()
-        with torch.no_grad():
-            value_ML = head.values(predicted_MLZ)
-            td_target_ML = ahead.reward + ahead.discount * head.values(bootstrap_MLZ)
-            td_error_ML = (td_target_ML - value_ML).abs() * counts_ML
-            count_M = counts_ML.sum(1)
-            mean_M = td_error_ML.sum(1) / count_M
-            priority_M = self.priority_eta * td_error_ML.amax(1) + (1 - self.priority_eta) * mean_M
-            measured = {
-                "td_loss": loss.detach(),
-                "td_error": mean_M.mean(),
-                "q": (value_ML * counts_ML).sum() / count_M.sum(),
-            }
-            if self.latents:
-                stored_MLD = steps_MT[keys.LATENT][:, learnt]
-                drift_ML = (latent_MLD.float() - stored_MLD).norm(dim=-1) * counts_ML
-                drift_M = drift_ML.sum(1) / count_M
-                priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
-                q_now = head.values(out_MLAZ)
-                q_stored = head.values(agent.of_latent(stored_MLD))
+    def predict(self, agent: QNetwork, lesson: Lesson) -> Prediction:
+        """The pass that learns."""
+        seen, head, L = lesson.seen, agent.head, self.window - self.burn_in
+        if agent.is_memoryless:  # only what learns needs a gradient
+            out_MLAZ, latent_MLD = self._pass(agent, seen, slice(self.burn_in, self.window))
+            auxiliary = agent.auxiliary_loss()
+            if self.double:
+                with torch.no_grad():
+                    judge_MTAZ, _ = self._pass(agent, seen, slice(self.burn_in + 1, None))
+        else:  # one pass: what follows is little, and a second one costs more than the gradient of that
+            out_MTAZ, latent_MTD = self._pass(agent, seen, slice(self.burn_in, None))
+            auxiliary = agent.auxiliary_loss()
+            out_MLAZ, latent_MLD, judge_MTAZ = out_MTAZ[:, :L], latent_MTD[:, :L], out_MTAZ.detach()[:, 1:]
+        bootstrap_MLZ = lesson.bootstrap
+        if bootstrap_MLZ is None:
+            bootstrap_MLZ = _best(lesson.target, judge_MTAZ, lesson.at, head)
+        predicted_MLZ = _of_action(out_MLAZ, lesson.action)
+        loss_ML = head.loss(predicted_MLZ, lesson.reward, lesson.discount, bootstrap_MLZ)
+        loss = (loss_ML * lesson.weight).sum() / lesson.counts.sum()
+        drift_ML = delta_q_ML = None
+        if seen.latent is not None:
+            with torch.no_grad():
+                stored_MLD = seen.latent[:, self.burn_in : self.window]
+                drift_ML = (latent_MLD.float() - stored_MLD).norm(dim=-1)
+                q_now, q_stored = head.values(out_MLAZ), head.values(agent.of_latent(stored_MLD))
                 largest_M1 = q_now.amax((1, 2)).abs().clamp_min(1e-8).unsqueeze(1)
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / largest_M1
-                measured["drift"] = drift_M.mean()
-                measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
-        if auxiliary is not None:
-            loss = loss + auxiliary
-            measured["auxiliary_loss"] = auxiliary.detach()
-        return loss, priority_M + LEAST_PRIORITY, measured
+        return Prediction(loss, auxiliary, predicted_MLZ.detach(), bootstrap_MLZ, drift_ML, delta_q_ML)
 
-    def _pass(
-        self, network: QNetwork, steps_MT: Mapping[str, Any], stored_M: TensorDict | None, passed: slice
-    ) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def judge(
+        self, head: QHead, lesson: Lesson, predictions: Sequence[Prediction]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """New priorities ``[M]`` of the windows, and what was measured, from predictions of its batches."""
+        predicted_MLZ = torch.cat([prediction.predicted for prediction in predictions])
+        bootstrap_MLZ = torch.cat([prediction.bootstrap for prediction in predictions])
+        counts_ML, count_M = lesson.counts, lesson.counts.sum(1)
+        value_ML = head.values(predicted_MLZ)
+        td_target_ML = lesson.reward + lesson.discount * head.values(bootstrap_MLZ)
+        td_error_ML = (td_target_ML - value_ML).abs() * counts_ML
+        mean_M = td_error_ML.sum(1) / count_M
+        priority_M = self.priority_eta * td_error_ML.amax(1) + (1 - self.priority_eta) * mean_M
+        measured = {
+            "td_loss": torch.stack([prediction.loss for prediction in predictions]).mean(),
+            "td_error": mean_M.mean(),
+            "q": (value_ML * counts_ML).sum() / count_M.sum(),
+        }
+        drifts = [prediction.drift for prediction in predictions if prediction.drift is not None]
+        deltas = [prediction.delta_q for prediction in predictions if prediction.delta_q is not None]
+        auxiliary = [prediction.auxiliary for prediction in predictions if prediction.auxiliary is not None]
+        if drifts:
+            drift_ML, delta_q_ML = torch.cat(drifts), torch.cat(deltas)
+            drift_M = (drift_ML * counts_ML).sum(1) / count_M
+            priority_M = (1 - self.latent_priority) * priority_M + self.latent_priority * drift_M
+            measured["drift"] = drift_M.mean()
+            measured["delta_q"] = (delta_q_ML * counts_ML).sum() / count_M.sum()
+        if auxiliary:
+            measured["auxiliary_loss"] = torch.stack(auxiliary).mean()
+        return priority_M + LEAST_PRIORITY, measured
+
+    def _pass(self, network: QNetwork, seen: Seen, passed: slice) -> tuple[Tensor, Tensor]:
         """Head outputs ``[M, .., A, Z]`` and latents of the steps `passed`, which lie behind burn-in."""
-        observation, is_init = steps_MT[keys.OBSERVATION], steps_MT[keys.IS_INIT]
-        state_M = network.trunk.initial_state(len(is_init)) if stored_M is None else stored_M
+        state_M = seen.state
         if self.burn_in and not network.is_memoryless:
+            before = slice(None, self.burn_in)
             with torch.no_grad():
-                _, _, state_M = network(observation[:, : self.burn_in], state_M, is_init[:, : self.burn_in])
+                _, _, state_M = network(seen.observation[:, before], state_M, seen.is_init[:, before])
         from_latents = self.latent_targets and passed.stop is None
         if from_latents:
             passed = slice(passed.start, self.window)
-        out_MTAZ, latent_MTD, _ = network(observation[:, passed], state_M, is_init[:, passed])
+        out_MTAZ, latent_MTD, _ = network(seen.observation[:, passed], state_M, seen.is_init[:, passed])
         if from_latents:
+            assert seen.latent is not None
             with torch.no_grad():
-                ahead_MnAZ = network.of_latent(steps_MT[keys.LATENT][:, self.window :])
-            out_MTAZ = torch.cat([out_MTAZ, ahead_MnAZ], 1)
+                to_come_MnAZ = network.of_latent(seen.latent[:, self.window :])
+            out_MTAZ = torch.cat([out_MTAZ, to_come_MnAZ], 1)
         return out_MTAZ, latent_MTD
 
 
@@ -135,3 +216,16 @@ def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:
     """The numbers ``[M, T, Z]`` of the given actions."""
     index = action_MT[..., None, None].expand(-1, -1, 1, out_MTAZ.shape[-1])
     return out_MTAZ.gather(2, index).squeeze(2)
+
+
+def _best(target_MTAZ: Tensor, judge_MTAZ: Tensor, at_ML: Tensor, head: QHead) -> Tensor:
+    """The target network's numbers ``[M, L, Z]`` of the best action, to the judge, at the given steps."""
+    best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
+    return best_MTZ.gather(1, at_ML.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))
+
+
+def _split_each(parts: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Batches of so many windows of each part; None stays None."""
+    split = [None if part is None else part.split(size) for part in parts]
+    count = next(len(batches) for batches in split if batches is not None)
+    return zip(*([None] * count if batches is None else batches for batches in split), strict=True)

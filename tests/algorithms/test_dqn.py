@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Records, counter, make_trainer, parameters, small, walk
+from helpers import Records, counter, make_trainer, parameters, small, walk, window_loss
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.modules import QValueActor
@@ -22,7 +22,7 @@ from torchrl.objectives import DQNLoss
 from lit_rl import keys
 from lit_rl.algorithms import dqn
 from lit_rl.algorithms.dqn import LitDQN
-from lit_rl.algorithms.window_loss import LEAST_PRIORITY
+from lit_rl.algorithms.window_loss import LEAST_PRIORITY, Lesson, Prediction
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[dict[str, Any], Drawn, list[float]]] = {
 
 @pytest.mark.parametrize(("options", "window", "errors"), CASES.values(), ids=CASES)
 def test_errors_by_hand(options: dict[str, Any], window: Drawn, errors: list[float]) -> None:
-    loss, priority, measured = table(**options, priority_eta=0.75)._loss(window)
+    loss, priority, measured = window_loss(table(**options, priority_eta=0.75), window)
     mean = sum(errors) / len(errors)
     huber = [error - 0.5 if error > 1 else error**2 / 2 for error in errors]
     assert loss.item() == pytest.approx(sum(huber) / len(errors))
@@ -148,19 +148,19 @@ def test_errors_by_hand(options: dict[str, Any], window: Drawn, errors: list[flo
 
 
 def test_squared_errors_by_hand() -> None:
-    loss, _, _ = table(window=2, head=partial(ExpectedQ, loss="mse"))._loss(TWO)
+    loss, _, _ = window_loss(table(window=2, head=partial(ExpectedQ, loss="mse")), TWO)
     assert loss.item() == pytest.approx((15.0**2 + 27.0**2) / 2 / 2)
 
 
 def test_priorities_are_of_the_largest_error_and_of_the_mean() -> None:
     for eta, expected in ((0.0, 21.0), (1.0, 27.0), (0.9, 26.4)):
-        _, priority, _ = table(window=2, priority_eta=eta)._loss(TWO)
+        _, priority, _ = window_loss(table(window=2, priority_eta=eta), TWO)
         assert priority.tolist() == pytest.approx([expected + LEAST_PRIORITY])
 
 
 def test_a_window_without_error_has_the_least_priority() -> None:
     right = drawn([0, 1], [0], [1.0], terminated=[0])
-    _, priority, _ = table()._loss(right)
+    _, priority, _ = window_loss(table(), right)
     assert priority.tolist() == pytest.approx([LEAST_PRIORITY])
     assert LEAST_PRIORITY > 0
 
@@ -169,7 +169,7 @@ def test_steps_weigh_as_their_window_does() -> None:
     """Importance weights multiply errors; all steps that count are averaged, whichever window has them."""
     one = drawn([0, 1, 2], [0, 1], [1.0, 2.0], weight=0.5)  # 14.5 and 26.5
     other = drawn([1, 0, 2], [1, 0], [3.0, 0.0], no_action=[1], weight=0.25)  # 3 + 20/2 - 0: 12.5
-    loss, priority, measured = table(window=2)._loss(together(one, other))
+    loss, priority, measured = window_loss(table(window=2), together(one, other))
     assert loss.item() == pytest.approx((0.5 * (14.5 + 26.5) + 0.25 * 12.5) / 3)
     assert priority.tolist() == pytest.approx([26.4, 13.0])  # weights do not touch them
     assert measured["td_error"].item() == pytest.approx((21.0 + 13.0) / 2)
@@ -206,7 +206,7 @@ def test_torchrls_loss_is_the_same_for_single_steps(double: bool) -> None:
         keys.HAS_ACTION: torch.ones(M, 2, dtype=torch.bool),
     }
     windows = TensorDict({keys.STEPS: TensorDict(steps, [M, 2])}, [M])
-    loss, _, _ = model._loss(Drawn(windows, torch.ones(M), torch.arange(M)))
+    loss, _, _ = window_loss(model, Drawn(windows, torch.ones(M), torch.arange(M)))
     ended = steps[keys.TERMINATED][:, :1]
     theirs = oracle(
         TensorDict(
@@ -266,7 +266,7 @@ def test_the_gradient_reaches_back_to_the_burn_in(options: dict[str, Any], reach
     """Through the memory, from the last step alone if need be; never into what only bootstraps."""
     model = LitDQN(counter(), small("lstm"), window=4, n_step=2, context="stored", **options)
     windows = windows_of_noise(model)
-    model._loss(all_equal(windows))[0].backward()
+    window_loss(model, all_equal(windows))[0].backward()
     gradient = windows[keys.STEPS, keys.OBSERVATION].grad
     assert gradient.abs().sum((0, 2)).bool().tolist() == reached
     state = windows[keys.TRUNK_STATE]
@@ -280,7 +280,7 @@ def test_burn_in_is_a_pass_without_gradient() -> None:
     """What is learnt behind it is what a window learns that starts there, from the memory it leaves."""
     model = LitDQN(counter(), small("lstm"), window=5, burn_in=2, context="stored")
     windows = windows_of_noise(model).detach()
-    loss, priority, _ = model._loss(all_equal(windows))
+    loss, priority, _ = window_loss(model, all_equal(windows))
     loss.backward()
 
     steps = windows[keys.STEPS]
@@ -291,7 +291,7 @@ def test_burn_in_is_a_pass_without_gradient() -> None:
     shorter = LitDQN(counter(), small("lstm"), window=3, context="stored")
     shorter.load_state_dict(model.state_dict())
     rest = TensorDict({keys.STEPS: steps[:, 2:], keys.TRUNK_STATE: state}, [len(windows)])
-    again, same, _ = shorter._loss(all_equal(rest))
+    again, same, _ = window_loss(shorter, all_equal(rest))
     again.backward()
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(same, priority)
@@ -311,9 +311,9 @@ def test_auxiliary_losses_join_the_loss() -> None:
     balanced, plain = LitDQN(counter(), Balanced, window=3), LitDQN(counter(), MLP, window=3)
     plain.load_state_dict(balanced.state_dict())
     windows = windows_of_noise(plain).detach()
-    loss, _, measured = balanced._loss(all_equal(windows))
+    loss, _, measured = window_loss(balanced, all_equal(windows))
     loss.backward()
-    td_loss, _, _ = plain._loss(all_equal(windows))
+    td_loss, _, _ = window_loss(plain, all_equal(windows))
     steps = windows[keys.STEPS][:, :3]
     y, _ = plain.agent.trunk(steps[keys.OBSERVATION], TensorDict(), steps[keys.IS_INIT])
     expected = y.square().mean()
@@ -340,7 +340,7 @@ def test_errors_are_of_expected_values_for_every_head(head: Callable) -> None:
         for parameter in model.target.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     windows = windows_of_noise(model).detach()
-    _, priority, measured = model._loss(all_equal(windows))
+    _, priority, measured = window_loss(model, all_equal(windows))
     steps, errors = windows[keys.STEPS], []
     with torch.no_grad():
         online, target = (
@@ -494,12 +494,12 @@ def poison(number: float) -> type[LitDQN]:
     """From 64 frames on the loss has this value; its gradient is finite."""
 
     class Poisoned(LitDQN):
-        def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, priority, measured = super()._loss(drawn)
-            if self.frames >= 64:
-                loss = loss + torch.tensor(number)
-                self.before = parameters(self)
-            return loss, priority, measured
+        def _predict(self, lesson: Lesson) -> Prediction:
+            prediction = super()._predict(lesson)
+            if self.frames < 64:
+                return prediction
+            self.before = parameters(self)
+            return prediction._replace(loss=prediction.loss + torch.tensor(number))
 
     return Poisoned
 
@@ -522,13 +522,13 @@ def test_a_loss_that_is_not_finite_is_not_learnt_from(number: float) -> None:
 
 def test_a_gradient_that_is_not_finite_is_not_learnt_from() -> None:
     class Steep(LitDQN):
-        def _loss(self, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, priority, measured = super()._loss(drawn)
-            # The square root at 0: finite itself, with an infinite slope.
-            loss = loss + (0.0 * next(self.agent.parameters())).abs().sum().sqrt()
+        def _predict(self, lesson: Lesson) -> Prediction:
             self.before = parameters(self)
             models.append(self)
-            return loss, priority, measured
+            prediction = super()._predict(lesson)
+            # The square root at 0: finite itself, with an infinite slope.
+            steep = (0.0 * next(self.agent.parameters())).abs().sum().sqrt()
+            return prediction._replace(loss=prediction.loss + steep)
 
     models: list[LitDQN] = []
     with pytest.raises(UserError, match="not finite"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Scripted, Step, installed_trunks, script, small
+from helpers import Scripted, Step, installed_trunks, script, small, window_loss
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def collect(model: LitDQN, stride: int = 1, blocks: int = 6, steps: int = 7) -> 
 
 
 def loss_of(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return model._loss(Drawn(windows, torch.ones(len(windows)), torch.arange(len(windows))))
+    return window_loss(model, Drawn(windows, torch.ones(len(windows)), torch.arange(len(windows))))
 
 
 def passed(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor]:
