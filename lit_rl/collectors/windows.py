@@ -101,6 +101,13 @@ class WindowCollector(EnvCollector):
         }
         if with_latent:
             self._stream[keys.LATENT] = np.zeros((E, C, self.policy.trunk.out_features), np.float32)
+        # What the steps of one batch saw and did, before it goes to its places in the streams.
+        self._taken_observation = observation_buffer(self.env.single_observation_space, (E, self.num_steps))
+        self._taken = {
+            key: np.zeros((E, self.num_steps, *stream.shape[2:]), stream.dtype)
+            for key, stream in self._stream.items()
+            if key != keys.HAS_ACTION
+        }
         self._states = self.policy.initial_state(E * C).view(E, C) if with_state else None
 
     # ------------------------------------------------------------------ the loop
@@ -110,49 +117,52 @@ class WindowCollector(EnvCollector):
         E, T = self.env.num_envs, self.num_steps
         self._forget_episodes()
         self._make_room()
-        rewards = np.zeros((E, T), np.float32)
-        every_row = np.arange(E)
+        taken, every_row = self._taken, np.arange(E)
+        at_ET = np.empty((E, T), np.int64)  # of each step in its stream
         with torch.inference_mode(), self.context():
             noises = self.policy.noise(T, E, generator=self.generator).unbind()
             for t in range(T):
                 self._keep_state(every_row)
-                observation, is_init = self._current, self._is_init
+                at_ET[:, t] = self._count
+                self._count += 1
+
+                def put(kept: np.ndarray, new: np.ndarray, t: int = t) -> None:
+                    kept[:, t] = new
+
+                map_leaves(put, self._taken_observation, self._current)
+                taken[keys.IS_INIT][:, t] = self._is_init
                 step = self.policy.act(
-                    to_tensor(observation, self.device),
+                    to_tensor(self._current, self.device),
                     self._state,
-                    torch.from_numpy(is_init).to(self.device),
+                    torch.from_numpy(self._is_init).to(self.device),
                     noise=noises[t],
                 )
                 self._state = step.state
-                action = step.action.cpu().numpy()
-                values = {keys.ACTION: action, keys.IS_INIT: is_init, keys.HAS_ACTION: True}
-                if keys.LATENT in self._stream:
-                    values[keys.LATENT] = step.latent.float().cpu().numpy()
-                self._append(every_row, observation, values)
-                to_env = self.policy.to_env(step.action).cpu().numpy()
-                reward, terminated, truncated, info = self._step_env(to_env, t)
-                rewards[:, t] = reward
-                last = self._count - 1
-                self._stream[keys.REWARD][every_row, last] = reward
-                self._stream[keys.TERMINATED][every_row, last] = terminated
+                taken[keys.ACTION][:, t] = step.action.cpu().numpy()
+                if keys.LATENT in taken:
+                    taken[keys.LATENT][:, t] = step.latent.float().cpu().numpy()
+                reward, terminated, truncated, info = self._step_env(
+                    self.policy.to_env(step.action).cpu().numpy(), t
+                )
+                taken[keys.REWARD][:, t] = reward
+                taken[keys.TERMINATED][:, t] = terminated
                 if info:
                     self._append_last_observations(truncated & ~terminated, info["final_obs"])
-        self._check_rewards(rewards)
+        self._check_rewards(taken[keys.REWARD])
+        self._put((every_row[:, None], at_ET), self._taken_observation, taken | {keys.HAS_ACTION: True})
         self._frames += E * T
         episodes = {key: torch.from_numpy(array) for key, array in self._episodes.items()}
         return TensorDict({keys.WINDOWS: self.windows(), keys.EPISODES: TensorDict(episodes, [E, T])}, [])
 
-    def _append(self, rows: np.ndarray, observation: Arrays, values: dict[str, Any]) -> None:
-        """One more step in the streams of `rows`: their observations, in the order of `rows`, and values."""
-        at = self._count[rows]
+    def _put(self, at: tuple[np.ndarray, np.ndarray], observation: Arrays, values: dict[str, Any]) -> None:
+        """Writes steps into the streams, at the given rows and places."""
 
         def put(stream: np.ndarray, new: np.ndarray) -> None:
-            stream[rows, at] = new
+            stream[at] = new
 
         map_leaves(put, self._observation, observation)
         for key, value in values.items():
-            self._stream[key][rows, at] = value
-        self._count[rows] += 1
+            self._stream[key][at] = value
 
     def _append_last_observations(self, cut: np.ndarray, final_obs: Arrays) -> None:
         """The true last observation of the episodes that were `cut` short (bool ``[E]``)."""
@@ -166,7 +176,8 @@ class WindowCollector(EnvCollector):
             no_reset = torch.zeros(len(cut), dtype=torch.bool, device=self.device)
             latent, _ = self.policy.latent(to_tensor(final_obs, self.device), self._state, no_reset)
             values[keys.LATENT] = latent.float().cpu().numpy()[rows]
-        self._append(rows, map_leaves(lambda array: array[rows], final_obs), values)
+        self._put((rows, self._count[rows]), map_leaves(lambda array: array[rows], final_obs), values)
+        self._count[rows] += 1
 
     def _keep_state(self, rows: np.ndarray) -> None:
         """The memory before the next step of `rows`, where a window starts there."""

@@ -116,14 +116,14 @@ class QNetwork(Agent):
     ) -> QAction:
         """Acts once in each of N environments: observation ``[N, ...]``, state ``[N]``, is_init ``[N]``.
 
-        Explores with `noise` (of `noise`) or else with random numbers from `generator`, unless `greedy`.
+        Explores with `noise` ``[N, A]`` or else with random numbers from `generator`, unless `greedy`.
         """
         latent, state = self.latent(observation, state, is_init)
         values = self.head.values(self.of_latent(latent))
         if greedy:
             return QAction(values.argmax(-1), latent, state)
         noise = self.noise(len(values), generator=generator) if noise is None else noise
-        return QAction(self.explore(values, noise), latent, state)
+        return QAction((values + noise).argmax(-1), latent, state)
 
     @leaves_no_graph
     def latent(
@@ -135,22 +135,24 @@ class QNetwork(Agent):
         return latent.squeeze(1), state
 
     def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:
-        """Random numbers ``[*shape, 1 + A]`` for `explore`: many steps' worth in one call."""
-        device = next(self.parameters()).device
-        return torch.rand(*shape, 1 + self.num_actions, generator=generator, device=device)
+        """What exploring adds to action values before the largest is taken, ``[*shape, A]``.
 
-    def explore(self, values: Tensor, noise: Tensor) -> Tensor:
-        """Actions ``[...]`` for action values ``[..., A]``.
-
-        `epsilon_greedy`: a random one with probability `exploration_rate`, else the best. `softmax`: action
-        a with probability proportional to ``exp(values_a / exploration_rate)``, drawn by the Gumbel-max
-        trick (Maddison et al. 2014, arXiv 1411.0030).
+        `epsilon_greedy`: infinity to a random action with probability `exploration_rate`, else nothing.
+        `softmax`: Gumbel noise times `exploration_rate`, so that action a is taken with probability
+        proportional to ``exp(value_a / exploration_rate)`` (Maddison et al. 2014, arXiv 1411.0030).
         """
-        coin, race = noise[..., 0], noise[..., 1:]
-        if self.exploration == "epsilon_greedy":
-            return torch.where(coin < self.exploration_rate, race.argmax(-1), values.argmax(-1))
-        gumbel = -(-race.clamp_min(torch.finfo(race.dtype).tiny).log()).log()
-        return (values + self.exploration_rate * gumbel).argmax(-1)
+        device = next(self.parameters()).device
+        uniform = torch.rand(*shape, 1 + self.num_actions, generator=generator, device=device)
+        coin, race = uniform[..., :1], uniform[..., 1:]
+        if self.exploration == "softmax":
+            return self.exploration_rate * gumbel(race)
+        winner = race == race.amax(-1, keepdim=True)
+        return torch.zeros_like(race).masked_fill_(winner & (coin < self.exploration_rate), torch.inf)
 
     def to_env(self, action: Tensor) -> Tensor:
         return action + self.start if self.start else action
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel numbers of uniform ones from 0 (which counts as the smallest above it) to below 1."""
+    return -(-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()
