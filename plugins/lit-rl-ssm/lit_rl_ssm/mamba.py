@@ -21,12 +21,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu, softplus
+from torch.nn.functional import linear, silu
 
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
 from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
+from lit_rl_ssm.softplus import softplus
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
 

@@ -22,12 +22,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm
+from lit_rl_ssm.softplus import softplus
 from lit_rl_ssm.ssd import LARGEST_CHUNK, attention, ssd, ssd_step
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start

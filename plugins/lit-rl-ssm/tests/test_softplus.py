@@ -1,0 +1,36 @@
+"""Softplus against torch's, over the whole range, and its gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lit_rl_ssm.softplus import softplus
+
+WIDE = torch.cat([torch.linspace(-100, 100, 20_001), torch.tensor([-0.0, 0.0, 1e-30, -1e-30])])
+
+
+def test_by_hand():
+    assert softplus(torch.tensor(0.0)).item() == pytest.approx(0.6931472)  # log 2
+    assert softplus(torch.tensor(-20.0)).item() == pytest.approx(2.0611536e-9)  # exp(-20), and not 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
+def test_small_results_are_as_exact_as_large_ones(dtype: torch.dtype, tolerance: float):
+    x = WIDE.to(dtype, copy=True).requires_grad_()
+    exact = WIDE.double()
+    expected = exact.clamp_min(0) + torch.log1p(torch.exp(-exact.abs()))
+    y = softplus(x)
+    assert y.dtype == dtype
+    normal = expected > torch.finfo(torch.float32).tiny  # below it float32 has fewer digits
+    assert ((y.double() - expected).abs() / expected)[normal].max() < tolerance
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.sigmoid(), rtol=4e-7, atol=1e-37)
+
+
+def test_extremes():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    torch.testing.assert_close(softplus(x), F.softplus(x), equal_nan=True)
+
+
+def test_other_types_are_torchs():
+    x = torch.randn(9).bfloat16()
+    assert torch.equal(softplus(x), F.softplus(x))
