@@ -15,6 +15,7 @@ usage: lit-rl COMMAND ...
   test       evaluate        lit-rl test --ckpt_path P [--episodes N] [--greedy false] [--env.id ID]
   predict    write episodes  lit-rl predict --ckpt_path P --output DIR [--episodes N]
   trunks     architectures   lit-rl trunks list | check NAME [--learn] | new NAME
+  bench      speed           lit-rl bench throughput CONFIG ... [--peer sb3]
 
 'lit-rl COMMAND --help' tells a command's options, 'lit-rl fit --model.trunk.help gru' those of a trunk.
 """
@@ -37,12 +38,16 @@ def main(argv: list[str] | None = None) -> int:
                 from lit_rl import trunk_commands
 
                 return trunk_commands.main(rest)
+            case ["bench", *rest]:
+                from lit_rl.benchmarks.throughput import command as bench
+
+                return bench.main(rest)
             case ["fit" | "validate" | "test" | "predict", *_]:
                 from lit_rl import cli
 
                 return cli.main(argv)
             case [command, *_]:
-                raise UserError(f"no command {command!r}: use fit, validate, test, predict or trunks")
+                raise UserError(f"no command {command!r}: use fit, validate, test, predict, trunks or bench")
     except UserError as error:
         if "LIT_RL_TRACEBACK" in os.environ:
             raise

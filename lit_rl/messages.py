@@ -1,11 +1,15 @@
-"""The messages of jsonargparse, which span many lines and repeat themselves, as one line each."""
+"""The messages of argparse and of jsonargparse, which span many lines, as one line each."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import pydoc
 import re
+from typing import Any, NoReturn
+
+from lit_rl.errors import UserError
 
 # Sections whose class a message does not name.
 SECTIONS = {"env": "lit_rl.envs.EnvConfig", "trainer": "lightning.Trainer"}
@@ -80,3 +84,13 @@ def type_in_words(text: str) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 4]} ..."
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises `UserError` for what it cannot parse."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")

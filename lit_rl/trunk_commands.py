@@ -12,10 +12,11 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lit_rl import registry
 from lit_rl.errors import UserError
+from lit_rl.messages import CommandParser
 from lit_rl.registry import TrunkEntry
 from lit_rl.scaffold import write_plugin
 
@@ -30,16 +31,8 @@ def main(argv: Sequence[str]) -> int:
     return arguments.command(arguments)
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lit-rl trunks", description="Installed trunks: names, checks, new ones.")
+    parser = CommandParser(prog="lit-rl trunks", description="Installed trunks: names, checks, new ones.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="every registered trunk, from package metadata alone")
