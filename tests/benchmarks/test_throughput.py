@@ -133,8 +133,3 @@ def test_what_has_no_peer(tmp_path: Path, config: str, changes: dict, message: s
 def test_bad_input(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         command.main(arguments)
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_fit(config: Path) -> None:
-    ours.build(config, 1)
