@@ -1,21 +1,41 @@
-"""`RolloutCollector` under TorchRL's multi-process collectors."""
+"""Rollouts of several processes or machines for one learner: `RolloutCollector` under TorchRL's collectors.
+
+`Workers` is what the data module uses; `RolloutWorker` is what TorchRL runs in each process. All wait for the
+learner and the learner for all, so that every rollout is of the newest weights, as in one process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import atexit
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
+from torchrl.collectors import BaseCollector, MultiSyncCollector
 from torchrl.envs import ExplorationType
 
 from lit_rl import keys
 from lit_rl.collectors import RolloutCollector
+from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 
-# What TorchRL's workers give to the collector that they build and that asks for nothing special ...
+Launcher = Literal["processes", "ray"]
+
+# What TorchRL gives to the collector that it builds and that asks for nothing special ...
 USUAL = {
     "reset_when_done": True,
     "return_same_td": True,
@@ -25,52 +45,251 @@ USUAL = {
 INTERNAL = {"traj_pool", "trust_policy"}  # ... and what serves options that are refused.
 
 
-def torchrl_worker(
-    create_env_fn: Callable[..., VectorEnv],
-    *,
-    policy_factory: Callable[[], ActorCritic],
-    frames_per_batch: int,
-    create_env_kwargs: Mapping[str, Any] | None = None,
-    worker_idx: int | None = None,
-    use_buffers: bool | None = None,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> RolloutCollector:
-    """The `collector_class` for TorchRL's multi-process collectors; a partial of it sets sizes and seed.
+class RolloutWorker(RolloutCollector):
+    """The `collector_class` for TorchRL's multi-process and Ray collectors.
 
-    A batch holds the rollouts of all workers, with ``cat_results=0`` side by side along E, and beside them
-    ``("collector", "traj_ids")``, which TorchRL counts frames by: episodes, numbered within each rollout.
+    A batch holds beside the rollout ``("collector", "traj_ids")``, which TorchRL counts frames by: episodes,
+    numbered within each rollout.
+
+    Args:
+        create_env_fn: makes the batched environment of one worker.
+        policy_factory: makes the agent that acts.
+        frames_per_batch: frames a batch of this worker.
+        sequence_length: as in `RolloutCollector`.
+        seed: of the first worker; each has another.
+        seed_step: from one worker's seed to the next one's.
+        context: as in `RolloutCollector`.
+        complaints: a folder for the reason why a worker ends, which TorchRL would not tell.
+        options: TorchRL's; only what leaves the rollout as it is.
 
     Raises:
         UserError: TorchRL's collector was given an option that a `RolloutCollector` has no part for.
     """
-    neutral = dict.fromkeys(options, (None, False, 0, -1)) | {name: (value,) for name, value in USUAL.items()}
-    asked = {name for name, value in options.items() if value not in neutral[name]} - INTERNAL
-    if asked:
-        raise UserError(
-            f"RolloutCollector cannot honour {', '.join(sorted(asked))}: leave it at TorchRL's default"
+
+    def __init__(
+        self,
+        create_env_fn: Callable[..., VectorEnv] | list[Callable[..., VectorEnv]],
+        *,
+        policy_factory: Callable[[], ActorCritic],
+        frames_per_batch: int,
+        create_env_kwargs: Mapping[str, Any] | None = None,
+        worker_idx: int | None = None,
+        use_buffers: bool | None = None,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        seed_step: int = 10_000,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        complaints: Path | None = None,
+        **options: Any,
+    ) -> None:
+        neutral = dict.fromkeys(options, (None, False, 0, -1)) | {
+            name: (value,) for name, value in USUAL.items()
+        }
+        asked = {name for name, value in options.items() if value not in neutral[name]} - INTERNAL
+        if asked:
+            raise UserError(
+                f"RolloutCollector cannot honour {', '.join(sorted(asked))}: leave it at TorchRL's default"
+            )
+        if parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the learner is asked to stop, and stops this
+        make = create_env_fn[0] if isinstance(create_env_fn, list) else create_env_fn
+        super().__init__(
+            partial(make, **(create_env_kwargs or {})),
+            policy_factory(),
+            frames_per_batch=frames_per_batch,
+            sequence_length=sequence_length,
+            seed=seed + seed_step * (worker_idx or 0),
+            context=context,
+            postproc=self._share,
         )
+        self.worker_idx = worker_idx
+        self._use_buffers = use_buffers is not False
+        self._complaints = complaints
+        self._shared: TensorDict | None = None  # what the learner reads: filled again with every rollout
 
-    shared: TensorDict | None = None  # what the main process reads: filled again with every rollout
+    def __bool__(self) -> bool:
+        return True  # Ray asks when it sends an exception, and a collector without an end has no length
 
-    def share(rollout: TensorDict) -> TensorDict:
-        nonlocal shared
+    def rollout(self) -> TensorDict:
+        try:
+            return super().rollout()
+        except UserError as error:
+            if self._complaints is None:
+                raise
+            (self._complaints / f"{self.worker_idx}").write_text(str(error))
+            raise EOFError from error  # which TorchRL takes for the end, without a traceback
+
+    def _share(self, rollout: TensorDict) -> TensorDict:
         begins = rollout[keys.STEPS, keys.IS_INIT].clone()
         begins[:, 0] = True
         episode = begins.flatten().cumsum(0).reshape(begins.shape) - 1
         rollout["collector"] = TensorDict({"traj_ids": episode}, rollout.batch_size)
-        shared = rollout.clone() if shared is None else shared.update_(rollout)
-        return shared
+        self._shared = rollout.clone() if self._shared is None else self._shared.update_(rollout)
+        return self._shared
 
-    collector = RolloutCollector(
-        partial(create_env_fn, **(create_env_kwargs or {})),
-        policy_factory(),
-        frames_per_batch=frames_per_batch,
-        sequence_length=sequence_length,
-        seed=seed + 10_000 * (worker_idx or 0),
-        postproc=share,
-    )
-    collector.worker_idx = worker_idx
-    collector._use_buffers = use_buffers is not False
+
+class Workers:
+    """A collector of rollouts that others collect: to the learner like `RolloutCollector`.
+
+    The environments are divided among the workers, so that a rollout has the same shape with any number of
+    them. Workers act on the CPU with a copy of the agent, whose weights are sent before every rollout; they
+    start with the first one.
+
+    Args:
+        env: the environment; `num_envs` of all workers together.
+        policy: the learner's agent.
+        num_workers: how many.
+        launcher: `processes` on this machine, or `ray`: wherever the Ray cluster has room (an extra).
+        rollout_length: steps of each environment in a rollout.
+        sequence_length: as in `RolloutCollector`.
+        seed: of the first environment; each has another.
+        context: entered around every policy call; it travels to the workers.
+
+    Raises:
+        UserError: environments do not divide among the workers, Ray is not there, or a worker failed.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        policy: ActorCritic,
+        *,
+        num_workers: int,
+        launcher: Launcher = "processes",
+        rollout_length: int,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        check_workers(env, num_workers, launcher)
+        self.policy = policy
+        self.num_workers = num_workers
+        self.launcher = launcher
+        self.frames_per_batch = env.num_envs * rollout_length
+        self.seed = seed
+        self._env = replace(env, num_envs=env.num_envs // num_workers)
+        self._worker: dict[str, Any] = {
+            "sequence_length": sequence_length,
+            "seed_step": self._env.num_envs,
+            "context": context,
+        }
+        self._frames = 0
+        self._collector: BaseCollector | None = None
+        self._batches: Iterator[TensorDict]
+        self._complaints: tempfile.TemporaryDirectory | None = None
+
+    def rollout(self) -> TensorDict:
+        """The rollouts of all workers side by side, ``{steps [E, T], trunk_state [E, K]}``."""
+        if self._collector is None:
+            self._start()
+        assert self._collector is not None
+        try:
+            self._collector.update_policy_weights_(TensorDict.from_module(self.policy).data.cpu())
+            batch = next(self._batches)
+        except Exception as error:
+            raise self._reason(error) from error
+        self._frames += self.frames_per_batch
+        if batch.dim() > 1:  # Ray's come stacked
+            batch = batch.flatten(0, 1)
+        return batch.exclude("collector")
+
+    def _start(self) -> None:
+        seed = self.seed
+        if self._frames:  # resumed: new episodes, other than those of the first start
+            seed = int(np.random.SeedSequence([seed, self._frames]).generate_state(1)[0]) % 2**31
+        make_env = [self._env.make] * self.num_workers
+        actor = deepcopy(self.policy).cpu()
+        if self.launcher == "ray":
+            self._collector = _on_ray(make_env, actor, self.frames_per_batch, self._worker | {"seed": seed})
+        else:
+            self._complaints = tempfile.TemporaryDirectory(prefix="lit_rl_workers_")
+            worker = partial(RolloutWorker, **self._worker, seed=seed, complaints=Path(self._complaints.name))
+            self._collector = MultiSyncCollector(
+                make_env,
+                actor,
+                frames_per_batch=self.frames_per_batch,
+                total_frames=-1,
+                collector_class=worker,
+                cat_results=0,
+                use_buffers=True,
+                num_threads=torch.get_num_threads(),  # of this process, which TorchRL would change
+            )
+        self._batches = iter(self._collector)
+        atexit.register(self.shutdown)  # Lightning leaves data as they are when a signal ends a run
+
+    def _reason(self, error: Exception) -> Exception:
+        """What a worker said before it ended, else what TorchRL says of it."""
+        if self._complaints is not None:
+            for complaint in Path(self._complaints.name).iterdir():
+                return UserError(complaint.read_text())
+        cause = getattr(error, "cause", None)  # Ray's errors carry the worker's own
+        return UserError(str(cause)) if isinstance(cause, UserError) else error
+
+    # ------------------------------------------------------------------ state, of the form of a collector's
+
+    def state_dict(self) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {"frames": self._frames, "steps": 0, "generator": generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from there in new episodes; also from the state of a collector in one process."""
+        self._frames = state_dict["frames"]
+
+    def shutdown(self) -> None:
+        atexit.unregister(self.shutdown)
+        if self._collector is not None:
+            threads = torch.get_num_threads()
+            self._collector.shutdown()
+            torch.set_num_threads(threads)  # TorchRL changes it
+            self._collector = None
+        if self._complaints is not None:
+            self._complaints.cleanup()
+            self._complaints = None
+
+
+def check_workers(env: EnvConfig, num_workers: int, launcher: str) -> None:
+    """Raises `UserError` where so many workers cannot be had."""
+    if env.num_envs % num_workers:
+        raise UserError(
+            f"{env.num_envs} environments do not divide among {num_workers} workers: change num_envs or "
+            "num_workers"
+        )
+    if launcher == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "launcher ray needs the package ray: pip install 'lit-rl[ray]', or use launcher processes"
+            ) from error
+
+
+def _on_ray(
+    make_env: list[Callable[..., VectorEnv]], actor: ActorCritic, frames: int, worker: dict[str, Any]
+) -> BaseCollector:
+    """One actor of the cluster for each worker; a cluster of this machine where there is none."""
+    from torchrl.collectors.distributed import RayCollector
+
+    cluster = {
+        "address": os.environ.get("RAY_ADDRESS"),
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "error",
+    }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with warnings.catch_warnings():
+        # There is an agent in each worker and weights are sent to it, but there is none that all share.
+        warnings.filterwarnings("ignore", message="The policy is not an nn.Module")
+        collector = RayCollector(
+            make_env,
+            policy_factory=partial(deepcopy, actor),
+            collector_class=RolloutWorker,
+            collector_kwargs=[dict(worker) for _ in make_env],
+            frames_per_batch=frames,
+            total_frames=10**15,
+            sync=True,
+            ray_init_config=cluster,
+            remote_configs={"num_cpus": 1, "num_gpus": 0},
+        )
+    for number, handler in handlers.items():  # Ray has put its own in their place
+        signal.signal(number, handler)
     return collector

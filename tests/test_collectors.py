@@ -4,11 +4,7 @@ Shapes: E environments, T steps a rollout, R rollouts one after the other.
 """
 
 import itertools
-import subprocess
-import sys
-from functools import partial
 from math import isnan
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +24,6 @@ from lit_rl.envs import EnvConfig
 from lit_rl.envs.torchrl import as_vector_env
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
-from lit_rl.workers import torchrl_worker
 
 # Ends at the borders of rollouts (of 8 steps) and sequences, episodes of one step and of two rollouts.
 ROWS = [
@@ -424,25 +419,6 @@ def test_given_weights_are_copied_in() -> None:
     collector.update_policy_weights_(other)
     assert collector.rollout()[keys.STEPS, keys.VALUE].min() > 50
     assert agent.value_head.bias is not other.value_head.bias
-
-
-def test_two_worker_processes() -> None:
-    """Under TorchRL's MultiSyncCollector; in a process of its own, because workers are spawned."""
-    script = Path(__file__).parent / "fixtures" / "two_workers.py"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith("done")
-
-
-@pytest.mark.parametrize(
-    "option", [{"replay_buffer": object()}, {"max_frames_per_traj": 10}, {"reset_when_done": False}]
-)
-def test_workers_refuse_what_they_cannot_honour(option: dict) -> None:
-    usual = {"policy_factory": scripted_agent, "frames_per_batch": E * T, "traj_pool": object()}
-    make = partial(torchrl_worker, lambda: Scripted(ROWS, DISCRETE), **usual)
-    assert make(reset_when_done=True, max_frames_per_traj=0, replay_buffer=None).num_steps == T
-    with pytest.raises(UserError, match=f"cannot honour {next(iter(option))}"):
-        make(**option)
 
 
 def test_a_torchrl_environment_with_transforms() -> None:

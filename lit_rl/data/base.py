@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
-from lit_rl.collectors import EnvCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import check_range
 from lit_rl.evaluation import Episodes
 from lit_rl.models.agent import Agent
 from lit_rl.ranks import gather_list
+
+
+class Collector(Protocol):
+    """What gathers experience: an `EnvCollector`, or `Workers` that have one each."""
+
+    frames_per_batch: int
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 class EnvDataModule(L.LightningDataModule):
@@ -57,7 +69,7 @@ class EnvDataModule(L.LightningDataModule):
         self.greedy = greedy
         self.seed = seed
         self.evaluation_seed = evaluation_seed
-        self.collector: EnvCollector | None = None
+        self.collector: Collector | None = None
         self._collector_state: dict[str, Any] | None = None
         self._evaluation_envs: list[VectorEnv] = []
 
@@ -73,11 +85,11 @@ class EnvDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return seed + 10_000 * self.trainer.global_rank
 
-    def _batches_per_epoch(self, collector: EnvCollector) -> int:
+    def _batches_per_epoch(self, collector: Collector) -> int:
         assert self.trainer is not None
         return max(1, self.frames_per_epoch // (collector.frames_per_batch * self.trainer.world_size))
 
-    def _start(self, collector: EnvCollector) -> None:
+    def _start(self, collector: Collector) -> None:
         """Makes it the collector of this run; where the run goes on, it does too."""
         self.collector = collector
         if self._collector_state is not None:

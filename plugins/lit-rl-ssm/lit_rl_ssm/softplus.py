@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 FEW = 2048  # numbers up to which one slow operation takes less time than several quick ones
 
 
