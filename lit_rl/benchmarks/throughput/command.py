@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--pairs, --seconds and --torch_threads must be above 0")
     if arguments.only:
         measured = _measure(arguments.only, arguments.configs[0], arguments.seconds, arguments.torch_threads)
-        print(json.dumps(measured))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a run with several say nothing
+            print(json.dumps(measured), flush=True)
         return 0
     measures = [measure for measure in MEASURES if measure not in PEERS.values()]
     if arguments.peer:
@@ -94,7 +95,7 @@ def _turns(measures: Sequence[str], arguments: argparse.Namespace) -> Iterable[T
 def _in_a_process(measure: str, config: Path, arguments: argparse.Namespace) -> dict[str, float]:
     threads = str(arguments.torch_threads)
     options = ["--only", measure, "--seconds", str(arguments.seconds), "--torch_threads", threads]
-    command = [sys.executable, "-m", "lit_rl", "bench", "throughput", str(config), *options]
+    command = [sys.executable, "-m", "lit_rl", "bench", "throughput", str(config.resolve()), *options]
     start = time.time()
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}, check=False

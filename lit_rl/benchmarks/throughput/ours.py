@@ -16,10 +16,11 @@ from lit_rl import cli
 from lit_rl.algorithms import LitDQN, LitPPO
 from lit_rl.benchmarks.throughput.clock import Clock
 from lit_rl.collectors import RolloutCollector, WindowCollector
+from lit_rl.workers import Workers
 
 # The methods of which each phase consists. What is left is Lightning's loop and what surrounds it.
 PHASES: dict[str, tuple[tuple[type, str], ...]] = {
-    "collecting": ((RolloutCollector, "rollout"), (WindowCollector, "rollout")),
+    "collecting": ((RolloutCollector, "rollout"), (WindowCollector, "rollout"), (Workers, "rollout")),
     "advantages": ((LitPPO, "_add_advantages"),),
     "learning": ((LitPPO, "_learn"), (LitDQN, "_learn")),
     "logging": ((LitPPO, "_log_rollout"), (LitDQN, "_log_block")),
@@ -73,7 +74,7 @@ def fit(config: Path, *, seconds: float, torch_threads: int) -> dict[str, float]
             clock.batch(module.frames - before)
             if clock.has_started and not had_started:
                 spent.update(dict.fromkeys(spent, 0.0))
-            trainer.should_stop = clock.is_over
+            trainer.should_stop = trainer.strategy.reduce_boolean_decision(clock.is_over, all=False)
 
     for phase, methods in PHASES.items():
         for owner, name in methods:
