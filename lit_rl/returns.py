@@ -37,12 +37,7 @@ def generalized_advantage(
     """
     delta = reward + gamma * next_value * ~terminated - value
     carry_on = gamma * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
-    running = torch.zeros_like(delta[:, 0])
-    backwards = []
-    for delta_t, weight_t in zip(reversed(delta.unbind(1)), reversed(carry_on.unbind(1)), strict=True):
-        running = torch.addcmul(delta_t, weight_t, running)
-        backwards.append(running)
-    advantage = torch.stack(backwards[::-1], dim=1)
+    advantage = running_sum(delta.flip(1), carry_on.flip(1)).flip(1)
     return advantage, advantage + value
 
 
@@ -61,11 +56,27 @@ def discounted_return(reward: Tensor, ended: Tensor, carry: Tensor, *, gamma: fl
     Returns:
         the sums ``[N, T]`` and the carry ``[N]`` for the next call.
     """
-    sums = torch.empty_like(reward)
-    for t in range(reward.shape[1]):
-        sums[:, t] = carry = reward[:, t] + gamma * carry
-        carry = carry * ~ended[:, t]
-    return sums, carry
+    weight = gamma * (~ended).to(reward.dtype).roll(1, dims=1)
+    weight[:, 0] = 0.0
+    with_carry = reward.clone()
+    with_carry[:, 0] += gamma * carry
+    sums = running_sum(with_carry, weight)
+    return sums, sums[:, -1] * ~ended[:, -1]
+
+
+def running_sum(x: Tensor, weight: Tensor) -> Tensor:
+    """``y_t = x_t + weight_t y_{t-1}`` with ``y_{-1} = 0``; all ``[N, T]``.
+
+    By doubling (Hillis & Steele 1986, CACM 29): after k rounds y_t holds what the last 2^k steps add to it,
+    and the weights are those over 2^k steps. That is ``log2 T`` operations on all steps instead of T on one.
+    """
+    y, weight, span = x.clone(), weight.clone(), 1
+    while span < x.shape[1]:
+        # The products are complete before anything is written: what is read overlaps what is written.
+        y[:, span:] += weight[:, span:] * y[:, :-span]
+        weight[:, span:] = weight[:, span:] * weight[:, :-span]
+        span *= 2
+    return y
 
 
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from torchrl.objectives.value.functional import (
     vec_generalized_advantage_estimate,
 )
 
-from lit_rl.returns import discounted_return, explained_variance, generalized_advantage, n_step
+from lit_rl.returns import (
+    discounted_return,
+    explained_variance,
+    generalized_advantage,
+    n_step,
+    running_sum,
+)
 
 HALF = {"gamma": 0.5, "gae_lambda": 0.5}
 
@@ -138,15 +144,15 @@ def test_discounted_return_at_an_end_leaves_nothing() -> None:
 @pytest.mark.parametrize("cut", [1, 4, 9])
 def test_discounted_return_over_split_calls(cut: int) -> None:
     random = torch.Generator().manual_seed(0)
-    reward = torch.randn(3, 10, generator=random)
+    reward = torch.randn(3, 10, generator=random, dtype=torch.float64)
     ended = torch.rand(3, 10, generator=random) < 0.3
-    start = torch.randn(3, generator=random)
+    start = torch.randn(3, generator=random, dtype=torch.float64)
     kept = start.clone()
     whole, carry = discounted_return(reward, ended, start, gamma=0.9)
     first, between = discounted_return(reward[:, :cut], ended[:, :cut], start, gamma=0.9)
     second, after = discounted_return(reward[:, cut:], ended[:, cut:], between, gamma=0.9)
-    assert torch.equal(torch.cat([first, second], 1), whole)
-    assert torch.equal(after, carry)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(after, carry, rtol=1e-14, atol=1e-14)
     assert torch.equal(start, kept)
 
 
@@ -293,3 +299,19 @@ def test_values_of_a_chain_are_the_fixed_point_of_any_n() -> None:
         ignoring = n_step(has_action.double(), terminated, torch.ones_like(has_action), n=n, gamma=0.5)
         wrong = ignoring.reward + ignoring.discount * value.gather(1, ignoring.at)
         assert n == 1 or not torch.equal(wrong[learnt], value[:, :-n][learnt])
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 64, 1000])
+def test_running_sums_are_those_of_a_loop(T: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    x = torch.randn(3, T, generator=generator, dtype=torch.float64)
+    weight = torch.rand(3, T, generator=generator, dtype=torch.float64)
+    weight[:, ::5] = 0.0
+    before = x.clone(), weight.clone()
+    expected, y = [], torch.zeros(3, dtype=torch.float64)
+    for t in range(T):
+        y = x[:, t] + weight[:, t] * y
+        expected.append(y)
+    torch.testing.assert_close(running_sum(x, weight), torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before[0])
+    assert torch.equal(weight, before[1])
