@@ -66,6 +66,12 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert (tmp_path / "out" / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_without_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--no_ceilings", "--pairs", "1", "--seconds", "0.1"]
+    assert command.main(["throughput", str(CARTPOLE), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| - | - | - | - |")
+
+
 def run_of(tmp_path: Path, config: str, **sections: dict) -> ours.cli.LitRLCLI:
     """A configuration with small sizes."""
     content = yaml.safe_load((CONFIGS / config).read_text())

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a run with several say nothing
             print(json.dumps(measured), flush=True)
         return 0
-    measures = [measure for measure in MEASURES if measure not in PEERS.values()]
+    measures = ["lit_rl"] if arguments.no_ceilings else ["lit_rl", "environment", "bare loop"]
     if arguments.peer:
         measures.append(PEERS[arguments.peer])
     turns = list(_turns(measures, arguments))
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     throughput = commands.add_parser("throughput", help="steps a second of whole training runs")
     throughput.add_argument("configs", metavar="CONFIG", type=Path, nargs="+", help="YAML of a run")
     throughput.add_argument("--peer", choices=PEERS, help="the same settings in another library as well")
+    throughput.add_argument("--no_ceilings", action="store_true", help="only the runs (and the peer's)")
     throughput.add_argument("--pairs", type=int, default=3, metavar="N", help="turns (default: 3)")
     throughput.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each (default: 10)")
     throughput.add_argument("--torch_threads", type=int, default=1, metavar="N", help="default: 1")
@@ -115,7 +116,9 @@ def _settings(arguments: argparse.Namespace) -> str:
 
     configs = " ".join(map(str, arguments.configs))
     peer = f" --peer {arguments.peer}" if arguments.peer else ""
+    ceilings = " --no_ceilings" if arguments.no_ceilings else ""
     return (
-        f"lit-rl bench throughput {configs}{peer} --pairs {arguments.pairs} --seconds {arguments.seconds:g} "
-        f"--torch_threads {arguments.torch_threads}: {os.cpu_count()} CPU cores, torch {torch.__version__}"
+        f"lit-rl bench throughput {configs}{peer}{ceilings} --pairs {arguments.pairs} "
+        f"--seconds {arguments.seconds:g} --torch_threads {arguments.torch_threads}: "
+        f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
     )

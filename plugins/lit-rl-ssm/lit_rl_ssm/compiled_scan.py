@@ -11,15 +11,14 @@ a name with `grad_` before it is the gradient of what the rest names.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numba
-import numpy as np
 import torch
-from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lit_rl_ssm.compiled_exp import arrays, exp
 
 CHUNK = 16
 
@@ -54,7 +53,7 @@ class _CompiledScan(torch.autograd.Function):
         y_BTE = inputs[0].new_empty(u_BTE.shape)
         B, T, E = u_BTE.shape
         marks = h_BNE.new_empty(B, -(-T // CHUNK), *h_BNE.shape[1:])
-        _forward(*_arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(E)))
+        _forward(*arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(E)))
         ctx.save_for_backward(*inputs, marks)
         return y_BTE, h_BNE.transpose(1, 2)
 
@@ -67,51 +66,10 @@ class _CompiledScan(torch.autograd.Function):
         N, E = A.shape
         room = [A.new_empty(CHUNK + 1, N, E), A.new_empty(CHUNK, N, E), A.new_empty(E), A.new_empty(E)]
         _backward(
-            *_arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE.contiguous(), grad_h_BNE),
-            *_arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
+            *arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE.contiguous(), grad_h_BNE),
+            *arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
         )
         return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().numpy() for tensor in tensors]
-
-
-def exp(x: Any) -> Any:
-    """e^x inside compiled loops; in float32 to two units in the last place, x clamped to [-87, 88].
-
-    The float32 one has no call and no branch, so that a loop around it becomes vector instructions: with
-    n = round(x / ln 2), e^x = 2^n e^(x - n ln 2), the power of two built from its bits and the rest, at most
-    ln(2)/2 in size, by Taylor's series up to x^7 (remainder below 6e-9).
-    """
-    return math.exp(x)
-
-
-_LOG2_E = np.float32(1 / math.log(2))
-# Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits of the sum.
-_ROUND = np.float32(1.5 * 2**23)
-# ln 2 in two parts; n times the first, which has nine bits, is exact.
-_LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
-_ONE, _SMALLEST, _LARGEST = np.float32(1), np.float32(-87), np.float32(88)
-_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
-
-
-@overload(exp, jit_options={"fastmath": False})  # rounding by an addition must not be simplified away
-def _compiled_exp(x):  # type: ignore[no-untyped-def]
-    """`x` is the type of the argument; numba wants neither this nor what it returns annotated."""
-    if x != numba.float32:
-        return lambda x: math.exp(x)
-
-    def exp_float32(x):  # type: ignore[no-untyped-def]
-        x = min(max(x, _SMALLEST), _LARGEST)
-        shifted = x * _LOG2_E + _ROUND
-        n = shifted - _ROUND
-        f = (x - n * _LN2_HIGH) - n * _LN2_LOW
-        series = ((((((_C7 * f + _C6) * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _ONE) * f + _ONE
-        exponent_bits = np.int32((np.float32(shifted).view(np.int32) + 127) << 23)
-        return series * np.int32(exponent_bits).view(np.float32)
-
-    return exp_float32
 
 
 # "contract" lets a product and a sum become one instruction; order of summation is free only backward, where

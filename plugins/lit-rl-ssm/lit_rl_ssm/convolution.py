@@ -1,10 +1,11 @@
-"""Depthwise causal convolution over time whose taps never reach across a reset.
+"""Depthwise causal convolution over time, and SiLU, whose taps never reach across a reset.
 
-    y_t = bias + sum_k weight[:, W-1-k] * x_{t-k}        for k = 0 .. W-1,
+    y_t = silu(bias + sum_k weight[:, W-1-k] * x_{t-k})        for k = 0 .. W-1,
 
 where x_{t-k} counts as zero if a reset stands in (t-k, t]. Inputs from before the pass come from the state.
-W is small (4 in Mamba), so this is a sum of W shifted products; there is no loop over time. Gradients are
-written out by hand, which spares autograd's copies of each shifted product.
+On the CPU a compiled loop does it (`compiled_convolution`). Else, W being small (4 in Mamba), it is a sum of
+W shifted products, without a loop over time; gradients are written out by hand, which spares autograd's
+copies of each shifted product.
 
 Shapes: B rows, T time steps, D channels, W taps, P = W - 1 past inputs, S = P + T.
 """
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
 
+from lit_rl_ssm.compiled_convolution import compiled_convolution
+from lit_rl_ssm.compiled_exp import can_be_compiled
 from lit_rl_ssm.episodes import episode_numbers, may_reset_inside
 from lit_rl_ssm.kernels import Function, convolution_by_kernel, convolution_runs_on
 
@@ -29,8 +33,9 @@ def causal_convolution(
     is_init_BT: Tensor,
     *,
     kernel: Function | None = None,
+    compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of T steps and the window after them.
+    """SiLU of the convolution of T steps, and the window after them.
 
     Args:
         x_BTD: inputs.
@@ -39,6 +44,7 @@ def causal_convolution(
         state_BDP: the W - 1 inputs before the first step, the oldest first.
         is_init_BT: bool, true where the window is emptied before ``x[b, t]`` enters it.
         kernel: `causal_conv1d_fn`, used where it runs; None for tensor operations alone.
+        compiled: use the compiled loop where it runs.
 
     Returns:
         ``y [B, T, D]`` and the next ``state [B, D, W-1]``.
@@ -46,9 +52,10 @@ def causal_convolution(
     # Channels last all along: every product below then runs over whole rows of D numbers.
     past_BPD = state_BDP.transpose(1, 2).masked_fill(is_init_BT[:, :1, None], 0)
     window_BSD = torch.cat([past_BPD, x_BTD], dim=1)
-    if x_BTD.shape[1] == 1:
+    compiled = compiled and can_be_compiled(window_BSD, weight_DW, bias_D)
+    if x_BTD.shape[1] == 1 and not compiled:
         y_BD = (window_BSD * weight_DW.t()).sum(dim=1) + bias_D
-        return y_BD[:, None], window_BSD[:, 1:].transpose(1, 2)
+        return silu(y_BD)[:, None], window_BSD[:, 1:].transpose(1, 2)
 
     steps, past = x_BTD.shape[1], past_BPD.shape[1]
     episode_BS = None
@@ -56,10 +63,12 @@ def causal_convolution(
         episode_BT = episode_numbers(is_init_BT)
         # A reset at t = 0 has cleared the state already, so what is left of it belongs to the first episode.
         episode_BS = torch.cat([episode_BT[:, :1].expand(-1, past), episode_BT], dim=1)
-    if kernel is not None and convolution_runs_on(window_BSD, taps=past + 1):
-        y_BTD = convolution_by_kernel(kernel, window_BSD, weight_DW, bias_D, episode_BS)
+    if compiled:
+        y_BTD = compiled_convolution(window_BSD, weight_DW.t(), bias_D, is_init_BT)
+    elif kernel is not None and convolution_runs_on(window_BSD, taps=past + 1):
+        y_BTD = silu(convolution_by_kernel(kernel, window_BSD, weight_DW, bias_D, episode_BS))
     else:
-        y_BTD = _convolve(window_BSD, weight_DW, bias_D, episode_BS)
+        y_BTD = silu(_convolve(window_BSD, weight_DW, bias_D, episode_BS))
     last_BPD = window_BSD[:, steps:]
     if episode_BS is not None:
         is_last_BP = episode_BS[:, steps:] == episode_BS[:, -1:]

@@ -65,6 +65,7 @@ class MambaMixer(nn.Module):
         self.d_model = d_model
         self.scan = scan_by(backend)
         self.convolution_kernel = kernel_for(CAUSAL_CONVOLUTION, backend)
+        self.compiled = backend != "torch"
         channels = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
@@ -126,8 +127,9 @@ class MambaMixer(nn.Module):
             state["conv"],
             is_init_BT,
             kernel=self.convolution_kernel,
+            compiled=self.compiled,
         )
-        return silu(x_BTE), z_BTE, conv_BEP
+        return x_BTE, z_BTE, conv_BEP
 
     def _select(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size, input map and output map of every step."""

@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
@@ -87,6 +86,7 @@ class Mamba2Mixer(nn.Module):
         self.d_model = d_model
         self.scan_kernel = kernels.kernel_for(kernels.CHUNK_SCAN, backend)
         self.convolution_kernel = kernels.kernel_for(kernels.CAUSAL_CONVOLUTION, backend)
+        self.compiled = backend != "torch"
         self.chunk_size = chunk_size
         self.sizes = (heads, headdim, d_state)
         convolved = channels + 2 * d_state
@@ -117,7 +117,7 @@ class Mamba2Mixer(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             z_BTE, selected, conv = self._select(projected, state, is_init_BT)
             y_BTHP, ssm = self._scan(selected, state["ssm"], is_init_BT)
-            y_BTE = self.norm(y_BTHP.flatten(2) * silu(z_BTE))
+            y_BTE = self.norm.gated(y_BTHP.flatten(2), z_BTE)
         return self.out_proj(y_BTE), {"conv": conv, "ssm": ssm}
 
     def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
@@ -147,8 +147,9 @@ class Mamba2Mixer(nn.Module):
             state["conv"],
             is_init_BT,
             kernel=self.convolution_kernel,
+            compiled=self.compiled,
         )
-        x_BTE, B_BTN, C_BTN = silu(xBC).split([channels, d_state, d_state], dim=2)
+        x_BTE, B_BTN, C_BTN = xBC.split([channels, d_state, d_state], dim=2)
         x_BTHP = x_BTE.unflatten(2, (heads, headdim))
         dt_BTH = softplus(dt_BTH + self.dt_bias)
         return z_BTE, Selected(x_BTHP, dt_BTH, -torch.exp(self.A_log), B_BTN, C_BTN), conv

@@ -1,0 +1,62 @@
+"""e^x for loops that numba compiles, and how tensors get into them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+
+def can_be_compiled(*tensors: Tensor) -> bool:
+    """Whether loops over these tensors can: on the CPU, all float32 or all float64, nothing traced."""
+    first = tensors[0].dtype
+    if first not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Numpy's view of tensors on the CPU."""
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+def exp(x: Any) -> Any:
+    """e^x inside compiled loops; in float32 to two units in the last place, x clamped to [-87, 88].
+
+    The float32 one has no call and no branch, so that a loop around it becomes vector instructions: with
+    n = round(x / ln 2), e^x = 2^n e^(x - n ln 2), the power of two built from its bits and the rest, at most
+    ln(2)/2 in size, by Taylor's series up to x^7 (remainder below 6e-9).
+    """
+    return math.exp(x)
+
+
+_LOG2_E = np.float32(1 / math.log(2))
+# Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits of the sum.
+_ROUND = np.float32(1.5 * 2**23)
+# ln 2 in two parts; n times the first, which has nine bits, is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
+_ONE, _SMALLEST, _LARGEST = np.float32(1), np.float32(-87), np.float32(88)
+_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
+
+
+@overload(exp, jit_options={"fastmath": False})  # rounding by an addition must not be simplified away
+def _compiled_exp(x):  # type: ignore[no-untyped-def]
+    """`x` is the type of the argument; numba wants neither this nor what it returns annotated."""
+    if x != numba.float32:
+        return lambda x: math.exp(x)
+
+    def exp_float32(x):  # type: ignore[no-untyped-def]
+        x = min(max(x, _SMALLEST), _LARGEST)
+        shifted = x * _LOG2_E + _ROUND
+        n = shifted - _ROUND
+        f = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        series = ((((((_C7 * f + _C6) * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _ONE) * f + _ONE
+        exponent_bits = np.int32((np.float32(shifted).view(np.int32) + 127) << 23)
+        return series * np.int32(exponent_bits).view(np.float32)
+
+    return exp_float32
