@@ -66,7 +66,7 @@ def test_the_whole_traceback_on_request(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "no command 'fitt': use fit, validate, test, predict or trunks"),
+        (["fitt"], "no command 'fitt': use fit, validate, test, predict, trunks or bench"),
         (["trunks"], "the following arguments are required: COMMAND"),
         (["trunks", "lst"], "invalid choice: 'lst'"),
         (["trunks", "check"], "the following arguments are required: NAME"),

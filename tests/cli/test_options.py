@@ -11,7 +11,7 @@ from lit_rl.trunks import GRU, LSTM, MLP
 def configurations():
     """Every YAML of `configs/`; those of trunks that are not installed are skipped."""
     installed = {entry.name for entry in registry.entries()}
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
         trunk = yaml.safe_load(path.read_text())["model"]["init_args"].get("trunk", "mlp")
         name = trunk if isinstance(trunk, str) else trunk["class_path"]
         missing = pytest.mark.skipif(name not in installed, reason=f"trunk {name} is not installed")

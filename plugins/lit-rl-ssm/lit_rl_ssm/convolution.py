@@ -52,12 +52,13 @@ def causal_convolution(
     # Channels last all along: every product below then runs over whole rows of D numbers.
     past_BPD = state_BDP.transpose(1, 2).masked_fill(is_init_BT[:, :1, None], 0)
     window_BSD = torch.cat([past_BPD, x_BTD], dim=1)
-    compiled = compiled and can_be_compiled(window_BSD, weight_DW, bias_D)
-    if x_BTD.shape[1] == 1 and not compiled:
+    steps, past = x_BTD.shape[1], state_BDP.shape[2]
+    use_kernel = kernel is not None and steps > 1 and convolution_runs_on(window_BSD, taps=past + 1)
+    compiled = compiled and not use_kernel and can_be_compiled(window_BSD, weight_DW, bias_D)
+    if steps == 1 and not compiled:
         y_BD = (window_BSD * weight_DW.t()).sum(dim=1) + bias_D
         return silu(y_BD)[:, None], window_BSD[:, 1:].transpose(1, 2)
 
-    steps, past = x_BTD.shape[1], past_BPD.shape[1]
     episode_BS = None
     if past > 0 and may_reset_inside(is_init_BT):
         episode_BT = episode_numbers(is_init_BT)
@@ -65,7 +66,7 @@ def causal_convolution(
         episode_BS = torch.cat([episode_BT[:, :1].expand(-1, past), episode_BT], dim=1)
     if compiled:
         y_BTD = compiled_convolution(window_BSD, weight_DW.t(), bias_D, is_init_BT)
-    elif kernel is not None and convolution_runs_on(window_BSD, taps=past + 1):
+    elif kernel is not None and use_kernel:
         y_BTD = silu(convolution_by_kernel(kernel, window_BSD, weight_DW, bias_D, episode_BS))
     else:
         y_BTD = silu(_convolve(window_BSD, weight_DW, bias_D, episode_BS))

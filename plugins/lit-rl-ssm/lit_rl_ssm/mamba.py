@@ -65,7 +65,7 @@ class MambaMixer(nn.Module):
         self.d_model = d_model
         self.scan = scan_by(backend)
         self.convolution_kernel = kernel_for(CAUSAL_CONVOLUTION, backend)
-        self.compiled = backend != "torch"
+        self.compiled = backend == "auto"
         channels = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)

@@ -86,7 +86,7 @@ class Mamba2Mixer(nn.Module):
         self.d_model = d_model
         self.scan_kernel = kernels.kernel_for(kernels.CHUNK_SCAN, backend)
         self.convolution_kernel = kernels.kernel_for(kernels.CAUSAL_CONVOLUTION, backend)
-        self.compiled = backend != "torch"
+        self.compiled = backend == "auto"
         self.chunk_size = chunk_size
         self.sizes = (heads, headdim, d_state)
         convolved = channels + 2 * d_state
