@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal
@@ -254,13 +255,10 @@ def check_workers(env: EnvConfig, num_workers: int, launcher: str) -> None:
             f"{env.num_envs} environments do not divide among {num_workers} workers: change num_envs or "
             "num_workers"
         )
-    if launcher == "ray":
-        try:
-            import ray  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                "launcher ray needs the package ray: pip install 'lit-rl[ray]', or use launcher processes"
-            ) from error
+    if launcher == "ray" and find_spec("ray") is None:
+        raise UserError(
+            "launcher ray needs the package ray: pip install 'lit-rl[ray]', or use launcher processes"
+        )
 
 
 def _on_ray(
