@@ -150,6 +150,4 @@ def test_configurations_fit(path: Path) -> None:
     name = trunk if isinstance(trunk, str) else trunk["class_path"]
     if name not in {entry.name for entry in registry.entries()}:
         pytest.skip(f"trunk {name} is not installed")
-    if "trainer" in content:
-        pytest.skip("runs in two processes: tests/runs/test_ddp.py")
     ours.build(path, 1)
