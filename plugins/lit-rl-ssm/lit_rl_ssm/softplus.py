@@ -1,4 +1,4 @@
-"""Softplus without log1p, of which torch has no vectorised form on CPUs: a fourth to a sixth of its time.
+"""Softplus without log1p, of which torch has no vectorised form on CPUs and which is slow there.
 
     softplus(x) = max(x, 0) + log1p(e),    e = exp(-|x|) <= 1,    log1p(e) = 2 atanh(e / (2 + e))
 
