@@ -42,7 +42,8 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m lit_rl.benchmarks.ppo_speed
+	$(BIN)/lit-rl bench throughput configs/throughput/ppo_cartpole_mlp.yaml \
+		configs/throughput/ppo_cartpole_mlp_compiled.yaml --peer sb3 --no_ceilings
 
 bench-trunks: setup
 	$(BIN)/python -m lit_rl.benchmarks.trunk_speed $(NAMES)
