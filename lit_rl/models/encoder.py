@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from lit_rl.errors import UserError
+from lit_rl.trunks import Linear
 
 Observation = Any  # a tensor, or a mapping of tensors for a Dict space
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -103,7 +104,7 @@ class NatureCNN(nn.Module):
         )
         with torch.no_grad():
             flat = self.conv(torch.zeros(1, channels, height, width)).shape[1]
-        self.project = nn.Sequential(orthogonal(nn.Linear(flat, 512)), nn.ReLU())
+        self.project = nn.Sequential(orthogonal(Linear(flat, 512)), nn.ReLU())
         self.out_features = 512
 
     def forward(self, x_NT: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class Encoder(nn.Module):
         # A list, because a module cannot be called all that a Dict's entry may be, such as `type` or `a.b`.
         self.parts = nn.ModuleList(_leaf(part) for part in parts.values())
         features = sum(part.out_features for part in self.parts)  # type: ignore[misc]
-        self.project = nn.Sequential(orthogonal(nn.Linear(features, width)), nn.ReLU()) if width else None
+        self.project = nn.Sequential(orthogonal(Linear(features, width)), nn.ReLU()) if width else None
         self.out_features: int = width or features
 
     def forward(self, observation: Observation) -> Tensor:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_rl.errors import UserError, check_range
+from lit_rl.trunks import Linear, linear
 
 
 class QHead(nn.Module, ABC):
@@ -57,14 +58,14 @@ class QHead(nn.Module, ABC):
         self.atoms = atoms
         width = hidden or features
         self.hidden = _hidden_layer(features, hidden) if hidden else None
-        self.last = nn.Linear(width, num_actions * atoms)
+        self.last = Linear(width, num_actions * atoms)
         before = _hidden_layer(features, hidden) if hidden else ()
-        self.state_value = nn.Sequential(*before, nn.Linear(width, atoms)) if dueling else None
+        self.state_value = nn.Sequential(*before, Linear(width, atoms)) if dueling else None
 
     def forward(self, features: Tensor) -> Tensor:
         """The numbers ``[..., A, Z]`` of features ``[..., D]``."""
         inner = features if self.hidden is None else self.hidden(features)
-        flat = F.linear(inner, self.last.weight, self.last.bias)  # half a module's call
+        flat = linear(inner, self.last.weight, self.last.bias)  # half a module's call
         out = flat.unsqueeze(-1) if self.atoms == 1 else flat.unflatten(-1, (self.num_actions, self.atoms))
         if self.state_value is None:
             return out
@@ -87,7 +88,7 @@ class QHead(nn.Module, ABC):
 
 
 def _hidden_layer(features: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, width), nn.ReLU())
+    return nn.Sequential(Linear(features, width), nn.ReLU())
 
 
 # ------------------------------------------------------------------ expected

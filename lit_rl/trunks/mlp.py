@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_rl.trunks.base import Trunk
+from lit_rl.trunks.linear_maps import linear
 
 FEW = 4096  # numbers of a layer up to which torch's own tanh is as quick
 
@@ -50,9 +51,9 @@ class MLP(Trunk):
         super().__init__(in_features, out_features=d_model)
         self.activation = ACTIVATIONS[activation]
         layers = [nn.Linear(*sizes) for sizes in pairwise([in_features] + [d_model] * n_layers)]
-        for linear in layers:
-            nn.init.orthogonal_(linear.weight, gain=math.sqrt(2))
-            nn.init.zeros_(linear.bias)
+        for layer in layers:
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            nn.init.zeros_(layer.bias)
         self.layers = nn.ModuleList(layers)
 
     def initial_state(self, batch_size: int) -> TensorDict:
@@ -60,11 +61,11 @@ class MLP(Trunk):
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         if self._is_fused(x):
-            parameters = [p for linear in cast(Iterable[nn.Linear], self.layers) for p in linear.parameters()]
+            parameters = [p for layer in cast(Iterable[nn.Linear], self.layers) for p in layer.parameters()]
             return _TanhLayers.apply(x, *parameters), state
         # Not through the modules' calls, which cost as much as the arithmetic of one acting step.
-        for linear in cast(Iterable[nn.Linear], self.layers):
-            x = self.activation(F.linear(x, linear.weight, linear.bias))
+        for layer in cast(Iterable[nn.Linear], self.layers):
+            x = self.activation(linear(x, layer.weight, layer.bias))
         return x, state
 
     def _is_fused(self, x: Tensor) -> bool:

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_rl.trunks import Linear, linear
+
 
 class Load(NamedTuple):
     """How evenly the tokens of one pass were spread over experts."""
@@ -42,8 +44,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_up = Linear(d_model, 2 * d_ff, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Load | None]:
         """``y [B, T, D]``, and no load: one expert has them all."""
@@ -106,9 +108,9 @@ def mixture(
     counts = torch.bincount(expert_S, minlength=n_experts).tolist()
 
     groups = x_ND.index_select(0, order_S // top_k).split(counts)
-    gate_up_SG = torch.cat([F.linear(x, w) for x, w in zip(groups, gate_up_EGD.unbind(), strict=True)])
+    gate_up_SG = torch.cat([linear(x, w) for x, w in zip(groups, gate_up_EGD.unbind(), strict=True)])
     groups = gated(gate_up_SG).split(counts)
-    y_SD = torch.cat([F.linear(h, w) for h, w in zip(groups, down_EDH.unbind(), strict=True)])
+    y_SD = torch.cat([linear(h, w) for h, w in zip(groups, down_EDH.unbind(), strict=True)])
     y_SD = y_SD.index_select(0, order_S.argsort())  # in the order of tokens again
     return (y_SD.view(*weight_Nk.shape, -1) * weight_Nk[:, :, None]).sum(dim=1)
 

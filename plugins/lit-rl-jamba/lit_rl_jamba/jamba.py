@@ -25,7 +25,7 @@ from lit_rl_transformers.attention import WindowAttention
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import Linear, Trunk
 from lit_rl_jamba.experts import Experts, Load, SwiGLU
 from lit_rl_jamba.pattern import ATTENTION, MAMBA, expert_layers, spell_layers
 
@@ -144,7 +144,7 @@ class Jamba(Trunk):
             ATTENTION: ("attention", lambda: WindowAttention(d_model, n_heads=n_heads, memory=memory)),
         }
         with_experts = expert_layers(len(letters), moe_every, moe_layers) if experts else frozenset()
-        self.embedding = nn.Linear(in_features, d_model)
+        self.embedding = Linear(in_features, d_model)
         self.layers = nn.ModuleList(
             Block(
                 kinds[letter][1](),

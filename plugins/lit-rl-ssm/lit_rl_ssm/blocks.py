@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import Linear, Trunk
 from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.states import entry
 
@@ -144,7 +144,7 @@ class ResidualTrunk(Trunk):
         d_model = mixers[0].d_model
         super().__init__(in_features, out_features=d_model)
         self.resets = resets
-        self.embedding = nn.Linear(in_features, d_model)
+        self.embedding = Linear(in_features, d_model)
         self.layers = nn.ModuleList(Block(mixer) for mixer in mixers)
         self.norm_f = RMSNorm(d_model)
         of_one_row = mixers[0].initial_state(1)

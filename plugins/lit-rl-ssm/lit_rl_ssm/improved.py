@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
+from torch.nn.functional import relu
 
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import Linear, Trunk, linear
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.dense_scan import dense_scan, norm_bound
 from lit_rl_ssm.states import entry
@@ -64,7 +64,7 @@ class ImprovedSSM(Trunk):
         super().__init__(in_features, out_features=d_model)
         self.residual = residual
         self.resets = resets_by(reset)
-        self.input_proj = nn.Linear(in_features, d_model)
+        self.input_proj = Linear(in_features, d_model)
         self.A = nn.Parameter(torch.empty(n_layers, d_state, d_state))
         self.B = nn.Parameter(torch.empty(n_layers, d_state, d_model))
         self.C = nn.Parameter(torch.empty(n_layers, d_model, d_state))

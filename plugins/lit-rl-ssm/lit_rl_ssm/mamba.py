@@ -21,8 +21,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from lit_rl.trunks import Linear, linear
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
@@ -67,13 +68,13 @@ class MambaMixer(nn.Module):
         self.convolution_kernel = kernel_for(CAUSAL_CONVOLUTION, backend)
         self.compiled = backend == "auto"
         channels = expand * d_model
-        self.in_proj = nn.Linear(d_model, 2 * channels, bias=False)
+        self.in_proj = Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
-        self.x_proj = nn.Linear(channels, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, channels)
+        self.x_proj = Linear(channels, rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(rank, channels)
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
-        self.out_proj = nn.Linear(channels, d_model, bias=False)
+        self.out_proj = Linear(channels, d_model, bias=False)
         with torch.no_grad():
             nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
             dt_E = torch.empty(channels).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()

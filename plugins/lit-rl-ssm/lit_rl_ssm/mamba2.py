@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_rl.trunks import Linear
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
@@ -90,14 +91,14 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = chunk_size
         self.sizes = (heads, headdim, d_state)
         convolved = channels + 2 * d_state
-        self.in_proj = nn.Linear(d_model, channels + convolved + heads, bias=False)
+        self.in_proj = Linear(d_model, channels + convolved + heads, bias=False)
         self.conv1d = nn.Conv1d(convolved, convolved, d_conv, groups=convolved)
         dt_H = torch.empty(heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))  # softplus of it is dt
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(channels)
-        self.out_proj = nn.Linear(channels, d_model, bias=False)
+        self.out_proj = Linear(channels, d_model, bias=False)
 
     def initial_state(self, batch_size: int) -> dict[str, Tensor]:
         convolved, _, taps = self.conv1d.weight.shape

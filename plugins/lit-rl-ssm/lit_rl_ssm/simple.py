@@ -27,7 +27,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import Linear, Trunk
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.selective_scan import scan_by, selective_scan
 from lit_rl_ssm.states import entry
@@ -59,10 +59,10 @@ class SimpleSSM(Trunk):
         super().__init__(in_features, out_features=d_model)
         self.resets = resets_by(reset)
         self.scan = scan_by("auto")
-        self.input_proj = nn.Linear(in_features, d_model)
+        self.input_proj = Linear(in_features, d_model)
         self.norm = nn.LayerNorm(d_model)
-        self.B = nn.Linear(d_model, d_state, bias=False)
-        self.C = nn.Linear(d_state, d_model)
+        self.B = Linear(d_model, d_state, bias=False)
+        self.C = Linear(d_state, d_model)
         self.D = nn.Parameter(torch.ones(d_model))
         # 1 / (1 - a) = tau means softplus(a_raw) = -log(1 - 1 / tau), hence a_raw = -log(tau - 1).
         tau_N = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), d_state)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lit_rl.trunks import Linear
 from lit_rl_transformers.window import Window
 
 # kv [B, M, E]: the last M steps, the latest last, zeros before the episode; age [B].
@@ -50,8 +51,8 @@ class WindowAttention(nn.Module):
         self.d_model, self.n_heads, self.memory = d_model, n_heads, memory
         self.head_width = d_model // n_heads
         # No biases: a bias of the keys moves all scores of a query alike, which the softmax does not see.
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = Linear(d_model, 3 * d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def initial_state(self, batch_size: int) -> State:
         """An empty cache: `kv` ``[B, M, E]`` and `age` ``[B]``, the steps of the episode so far (int64)."""

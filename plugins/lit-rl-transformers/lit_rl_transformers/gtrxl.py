@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from lit_rl.trunks import Linear
 from lit_rl_transformers.positional_attention import RelativeAttention
 from lit_rl_transformers.transformer import AttentionTrunk, Layer
 
@@ -32,9 +33,9 @@ class GRUGate(nn.Module):
 
     def __init__(self, d_model: int, bias: float) -> None:
         super().__init__()
-        self.from_update = nn.Linear(d_model, 3 * d_model, bias=False)  # W_r, W_z, W_g
-        self.from_stream = nn.Linear(d_model, 2 * d_model, bias=False)  # U_r, U_z
-        self.from_reset_stream = nn.Linear(d_model, d_model, bias=False)  # U_g
+        self.from_update = Linear(d_model, 3 * d_model, bias=False)  # W_r, W_z, W_g
+        self.from_stream = Linear(d_model, 2 * d_model, bias=False)  # U_r, U_z
+        self.from_reset_stream = Linear(d_model, d_model, bias=False)  # U_g
         self.bias = nn.Parameter(torch.full((d_model,), float(bias)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lit_rl.trunks import Linear
 from lit_rl_transformers.attention import WindowAttention
 from lit_rl_transformers.positions import rotate, rotation, signed_frequencies, sinusoids
 from lit_rl_transformers.window import Window
@@ -57,7 +58,7 @@ class RelativeAttention(WindowAttention):
 
     def __init__(self, d_model: int, *, n_heads: int = 4, memory: int = 64) -> None:
         super().__init__(d_model, n_heads=n_heads, memory=memory)
-        self.position = nn.Linear(d_model, d_model, bias=False)  # W_kr
+        self.position = Linear(d_model, d_model, bias=False)  # W_kr
         self.content_bias = nn.Parameter(torch.zeros(n_heads, 1, self.head_width))  # u
         self.position_bias = nn.Parameter(torch.zeros(n_heads, 1, self.head_width))  # v
         table_dD = sinusoids(torch.arange(memory, -1, -1), d_model) * self.head_width**-0.5

@@ -23,7 +23,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import Linear, Trunk
 from lit_rl_transformers.attention import WindowAttention
 from lit_rl_transformers.positional_attention import RotaryAttention
 from lit_rl_transformers.window import Window
@@ -40,7 +40,7 @@ class Layer(nn.Module):
             raise ValueError(f"d_ff must be at least 1, not {d_ff}")
         self.attention = attention
         self.attention_norm = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+        self.mlp = nn.Sequential(Linear(d_model, d_ff), nn.GELU(), Linear(d_ff, d_model))
         self.mlp_norm = nn.LayerNorm(d_model)
 
     def forward(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class AttentionTrunk(Trunk):
             raise ValueError("n_layers must be at least 1")
         attention = layers[0].attention
         super().__init__(in_features, out_features=attention.d_model)
-        self.embed = nn.Linear(in_features, attention.d_model)
+        self.embed = Linear(in_features, attention.d_model)
         self.layers = nn.ModuleList(layers)
         self.last = last
         self.cache_shape = (attention.memory, 2 * attention.d_model)
