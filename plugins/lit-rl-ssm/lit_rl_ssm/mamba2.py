@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from lit_rl.trunks import Linear
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
+from lit_rl_ssm.compiled_exp import can_be_compiled
+from lit_rl_ssm.compiled_ssd import compiled_ssd
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.softplus import softplus
@@ -54,10 +56,10 @@ class Mamba2Mixer(nn.Module):
         d_conv: W, taps of the convolution.
         expand: channels E as a multiple of D.
         headdim: P, channels of a head; divides E.
-        chunk_size: steps that tensor operations treat as one matrix; speed and memory only.
-        backend: "auto" takes kernels for tensors on CUDA where they are installed; "torch" tensor operations
-            alone; "cuda" demands the kernels: tensors that they cannot take, on the CPU or in float64, go the
-            torch way.
+        chunk_size: steps that tensor operations treat as one matrix; speed and memory only. The compiled loop
+            of the CPU has its own.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
+            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
 
     State: "conv" ``[B, E + 2N, W-1]``, the last inputs of the convolution, and "ssm" ``[B, H, P, N]``.
     """
@@ -164,6 +166,8 @@ class Mamba2Mixer(nn.Module):
             return y_BHP[:, None], ssm_BHPN
         if self.scan_kernel is not None and kernels.runs_on(x_BTHP):
             return kernels.chunk_scan_by_kernel(self.scan_kernel, *selected, self.D, ssm_BHPN, is_init_BT)
+        if self.compiled and can_be_compiled(*selected, self.D, ssm_BHPN):
+            return compiled_ssd(*selected, self.D, ssm_BHPN, is_init_BT)
         return ssd(*selected, self.D, ssm_BHPN, is_init_BT, chunk_size=self.chunk_size)
 
 
@@ -178,12 +182,12 @@ class Mamba2(ResidualTrunk):
         d_conv: taps of the causal convolution.
         expand: channels of a layer as a multiple of `d_model`.
         headdim: channels of a head, which share a decay; divides ``expand * d_model``.
-        chunk_size: steps that tensor operations treat as one matrix; speed and memory only.
+        chunk_size: steps that tensor operations treat as one matrix; speed and memory only. The compiled loop
+            of the CPU has its own.
         reset: "strict" clears the memory where `is_init` says so; "leaky" never does, so that episodes run
             into one another, as in published Mamba agents (to compare with, not to use).
-        backend: "auto" takes kernels for tensors on CUDA where they are installed; "torch" tensor operations
-            alone; "cuda" demands the kernels: tensors that they cannot take, on the CPU or in float64, go the
-            torch way.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
+            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ SMALL = {"d_model": 8, "headdim": 4, "d_state": 3}
 
 class TestMamba2(TrunkConformance):
     trunk = Mamba2
-    options = (SMALL | {"chunk_size": 5},)
+    options = (SMALL, SMALL | {"chunk_size": 5, "backend": "torch"})
 
 
 class TestMamba2Options(TrunkConformance):
@@ -31,7 +31,8 @@ class TestMamba2Options(TrunkConformance):
     options = (
         {},
         SMALL | {"n_layers": 2},
-        SMALL | {"expand": 3, "d_conv": 2, "chunk_size": 1},
+        SMALL | {"expand": 3, "d_conv": 2},
+        SMALL | {"expand": 3, "d_conv": 2, "chunk_size": 1, "backend": "torch"},
     )
 
     def test_conformance(self, subject, check):
@@ -102,6 +103,7 @@ def assert_near(found, expected, tolerance, name):
     )
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("reset_rate", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(
     ("steps", "options"),
@@ -115,8 +117,8 @@ def assert_near(found, expected, tolerance, name):
         (1024, {}),
     ],
 )
-def test_mixer_equals_the_recurrence(steps, options, reset_rate):
-    mixer, *inputs = mixer_and_inputs(steps, reset_rate, **options)
+def test_mixer_equals_the_recurrence(steps, options, reset_rate, backend):
+    mixer, *inputs = mixer_and_inputs(steps, reset_rate, backend=backend, **options)
     found = values_and_gradients(mixer, mixer, *inputs)
     expected = values_and_gradients(lambda *i: recurrence(mixer, *i), mixer, *inputs)
     for found_of, expected_of in zip(found, expected, strict=True):
