@@ -27,7 +27,7 @@ from lit_rl.trunks import Linear
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.compiled_exp import can_be_compiled
-from lit_rl_ssm.compiled_ssd import compiled_ssd
+from lit_rl_ssm.compiled_ssd import compiled_ssd, compiled_ssd_step
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.softplus import softplus
@@ -160,13 +160,15 @@ class Mamba2Mixer(nn.Module):
     def _scan(self, selected: Selected, ssm_BHPN: Tensor, is_init_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The recurrence by the leanest way there is."""
         x_BTHP, dt_BTH, A_H, B_BTN, C_BTN = selected
+        compiled = self.compiled and can_be_compiled(*selected, self.D, ssm_BHPN)
         if x_BTHP.shape[1] == 1:
             now = (x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTN[:, 0], C_BTN[:, 0], self.D)
-            y_BHP, ssm_BHPN = ssd_step(*now, ssm_BHPN, is_init_BT[:, 0])
+            step = compiled_ssd_step if compiled and not torch.is_grad_enabled() else ssd_step
+            y_BHP, ssm_BHPN = step(*now, ssm_BHPN, is_init_BT[:, 0])
             return y_BHP[:, None], ssm_BHPN
         if self.scan_kernel is not None and kernels.runs_on(x_BTHP):
             return kernels.chunk_scan_by_kernel(self.scan_kernel, *selected, self.D, ssm_BHPN, is_init_BT)
-        if self.compiled and can_be_compiled(*selected, self.D, ssm_BHPN):
+        if compiled:
             return compiled_ssd(*selected, self.D, ssm_BHPN, is_init_BT)
         return ssd(*selected, self.D, ssm_BHPN, is_init_BT, chunk_size=self.chunk_size)
 

@@ -108,7 +108,9 @@ def ssd_step(
     write_BHP = x_BHP * dt_BH[:, :, None]
     state_BHPN = state_BHPN * decay_BH[:, :, None, None]  # a new tensor, which may be added to in place
     state_BHPN.addcmul_(write_BHP[..., None], B_BN[:, None, None])
-    read_BHP = torch.bmm(state_BHPN.flatten(1, 2), C_BN[:, :, None]).view_as(x_BHP)
+    read_BHP = (state_BHPN * C_BN[:, None, None]).sum(
+        3
+    )  # many small products of matrices and vectors are slow
     return torch.addcmul(read_BHP, x_BHP, D_H[:, None]), state_BHPN
 
 

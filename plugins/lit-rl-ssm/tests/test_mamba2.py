@@ -126,6 +126,17 @@ def test_mixer_equals_the_recurrence(steps, options, reset_rate, backend):
             assert_near(found_of[name], reference, 1e-10, name)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_acting_equals_the_recurrence(backend):
+    mixer, x_BTD, state, is_init_BT = mixer_and_inputs(1, 0.5, rows=6, backend=backend)
+    expected, last = recurrence(mixer, x_BTD, state, is_init_BT)
+    with torch.no_grad():
+        found, left = mixer(x_BTD, state, is_init_BT)
+    assert_near(found, expected, 1e-10, "y")
+    for name, reference in last.items():
+        assert_near(left[name], reference, 1e-10, name)
+
+
 @pytest.mark.parametrize("numbers", [1, 3 * 16 * 7, 3 * 16 * 37])
 def test_pieces_of_a_long_sequence_join(monkeypatch, numbers):
     """Of one step, of 7 and of all 37; 3 rows of 16 channels."""
