@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -23,9 +23,16 @@ from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.agent import TrunkFactory
+from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
 from lit_rl.testing.envs import Counter
 
 COUNTER, WALK = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0"
+
+Q_HEADS: dict[str, Callable] = {
+    "expected": ExpectedQ,
+    "categorical": partial(CategoricalQ, v_min=-2.0, v_max=3.0, atoms=11),
+    "quantile": partial(QuantileQ, quantiles=8),
+}
 
 
 def counter(
