@@ -43,17 +43,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``[D, F]``.
         bias: ``[D]``.
     """
-    if x.numel() * weight.shape[0] < LARGE or not _fits_onednn(x, weight):
+    if not _fits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     y_ND: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y_ND.view(*x.shape[:-1], -1)
 
 
-def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Float32 on a CPU that gains by it, and nothing around that wants to see `linear` itself."""
-    if not HAS_ONEDNN or not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32:
+def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Large and float32 on a CPU that gains by it, and nothing around that wants to see `linear` itself.
+
+    What is no linear map is left to torch and its messages.
+    """
+    if not HAS_ONEDNN or torch.compiler.is_compiling() or x.numel() * weight.shape[0] < LARGE:
         return False
-    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors):
+        return False
+    if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
 
 
 class _Linear(torch.autograd.Function):
@@ -62,6 +70,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_NF, weight_DF)
+        if not (weight_DF.is_contiguous() or weight_DF.t().is_contiguous()):
+            weight_DF = weight_DF.contiguous()  # of other layouts oneDNN has no fast product
+        bias_D = None if bias_D is None else bias_D.contiguous()
         y_ND: Tensor = torch.ops.mkldnn._linear_pointwise(x_NF, weight_DF, bias_D, "none", [], "")
         return y_ND
 

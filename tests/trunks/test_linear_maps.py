@@ -41,12 +41,39 @@ def test_values_and_gradients_are_those_in_float64(features: int, width: int, wi
 
 
 @needs_onednn
-def test_inputs_of_any_layout() -> None:
-    x, weight = tensors((96, 4, 100), (256, 96))
-    x, strided = x.permute(1, 2, 0), weight[::2]
-    y = linear(x, strided)
+def test_tensors_of_any_layout() -> None:
+    x, weight, bias, grad = tensors((96, 4, 100), (256, 192), (512,), (4, 1, 256))
+    strided = [x.permute(1, 2, 0), weight[:, ::2], bias[::2]]
+    y = linear(*strided)
     assert by_onednn(y)
-    torch.testing.assert_close(y, F.linear(x, strided), rtol=0, atol=1e-4)
+    expected = F.linear(*strided)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-4)
+    found = torch.autograd.grad(y, [x, weight, bias], grad.expand_as(y))
+    for one, other in zip(
+        found, torch.autograd.grad(expected, [x, weight, bias], grad.expand_as(y)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1,), (1, 256)])
+def test_biases_of_other_shapes_are_as_torch_has_them(shape: tuple[int, ...]) -> None:
+    x, weight, bias = tensors((200, 128), (256, 128), shape)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=1e-4)
+
+
+@needs_onednn
+def test_shapes_that_do_not_fit_are_refused_by_torch() -> None:
+    x, weight = tensors((200, 128), (256, 127))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight)
+
+
+@needs_onednn
+def test_functional_transforms_find_torchs_own() -> None:
+    x, weight = tensors((200, 128), (256, 128))
+    of_weight = torch.func.grad(lambda w: linear(x, w).square().sum())(weight)
+    torch.testing.assert_close(of_weight, 2 * F.linear(x, weight).t() @ x, rtol=1e-4, atol=1e-2)
 
 
 @needs_onednn

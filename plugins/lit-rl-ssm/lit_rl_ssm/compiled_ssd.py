@@ -2,13 +2,13 @@
 
 The same equations as in `ssd`, one row and one chunk at a time, so that a chunk's numbers stay in the cache.
 Products of matrices are written as loops: the heads' channels, which share B and C, lie side by side, and the
-loop over them is innermost and becomes vector instructions. Of the states those that enter chunks are kept
-for the backward pass; what a chunk makes of them is computed again. A reset sets the decay of its step to 0,
+loop over them is innermost and becomes vector instructions. Kept for the backward pass are the states that
+enter chunks and what is read from them; the rest is computed again. A reset sets the decay of its step to 0,
 which cuts every path across it.
 
 Arrays: x, y [B, T, E], E = H * P channels; dt and a = dt * A [B, T, H]; B, C [B, T, N]; D [H]; h [B, N, E];
-is_init [B, T]; marks [B, T / L, N, E], the states that enter chunks; outer [B, T, E], what is read from them.
-Of one chunk of up to L steps: decay [H, L, L], ``decay[j, t, s] = exp(a_{s+1} + .. + a_t)`` for t >= s;
+is_init [B, T]; marks [B, ceil(T / L), N, E], the states that enter chunks; outer [B, T, E], what is read from
+them. Of one chunk of up to L steps: decay [H, L, L], ``decay[j, t, s] = exp(a_{s+1} + .. + a_t)`` for t >= s;
 start [L, H], ``exp(a_1 + .. + a_t)``; CB [L, L], ``C_t . B_s``; written [L, E], what steps leave at its end;
 W [L, L] of one head. A name with `grad_` before it is the gradient of what the rest names; one with `_j`
 behind it is the part of head j.

@@ -42,8 +42,8 @@ class MambaMixer(nn.Module):
         d_conv: W, taps of the convolution.
         expand: channels E as a multiple of D.
         dt_rank: R, width of the bottleneck that the step sizes come from; "auto" is D / 16 rounded up.
-        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
-            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations for scan and convolution;
+            "cuda" demands the kernels; what they cannot take, on the CPU or in float64, goes the torch way.
 
     State: "conv" ``[B, E, W-1]``, the last inputs of the convolution, and "ssm" ``[B, E, N]``.
     """
@@ -154,8 +154,8 @@ class Mamba(ResidualTrunk):
         dt_rank: width of the bottleneck that the step sizes come from; "auto" is d_model / 16 rounded up.
         reset: "strict" clears the memory where `is_init` says so; "leaky" never does, so that episodes run
             into one another, as in published Mamba agents (to compare with, not to use).
-        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
-            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations for scan and convolution;
+            "cuda" demands the kernels; what they cannot take, on the CPU or in float64, goes the torch way.
     """
 
     def __init__(

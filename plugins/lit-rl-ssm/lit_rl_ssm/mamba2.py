@@ -58,8 +58,8 @@ class Mamba2Mixer(nn.Module):
         headdim: P, channels of a head; divides E.
         chunk_size: steps that tensor operations treat as one matrix; speed and memory only. The compiled loop
             of the CPU has its own.
-        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
-            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations for scan and convolution;
+            "cuda" demands the kernels; what they cannot take, on the CPU or in float64, goes the torch way.
 
     State: "conv" ``[B, E + 2N, W-1]``, the last inputs of the convolution, and "ssm" ``[B, H, P, N]``.
     """
@@ -188,8 +188,8 @@ class Mamba2(ResidualTrunk):
             of the CPU has its own.
         reset: "strict" clears the memory where `is_init` says so; "leaky" never does, so that episodes run
             into one another, as in published Mamba agents (to compare with, not to use).
-        backend: "auto" takes the fastest way there is; "torch" tensor operations alone; "cuda" demands the
-            kernels: tensors that they cannot take, on the CPU or in float64, go the torch way.
+        backend: "auto" takes the fastest way there is; "torch" tensor operations for scan and convolution;
+            "cuda" demands the kernels; what they cannot take, on the CPU or in float64, goes the torch way.
     """
 
     def __init__(

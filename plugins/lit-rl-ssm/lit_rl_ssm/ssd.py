@@ -108,9 +108,8 @@ def ssd_step(
     write_BHP = x_BHP * dt_BH[:, :, None]
     state_BHPN = state_BHPN * decay_BH[:, :, None, None]  # a new tensor, which may be added to in place
     state_BHPN.addcmul_(write_BHP[..., None], B_BN[:, None, None])
-    read_BHP = (state_BHPN * C_BN[:, None, None]).sum(
-        3
-    )  # many small products of matrices and vectors are slow
+    # A product of every row's state with its vector is slower as a batch of small matrix products.
+    read_BHP = (state_BHPN * C_BN[:, None, None]).sum(3)
     return torch.addcmul(read_BHP, x_BHP, D_H[:, None]), state_BHPN
 
 
