@@ -134,7 +134,7 @@ def test_every_configuration_trains(path, lit_rl, tmp_path):
         little = [f"--data.rollout_length={length}", "--model.total_frames=1", "--model.num_epochs=1"]
     else:
         little = ["--model.total_frames=120", "--model.learning_starts=60", "--model.updates_per_block=1"]
-    always = ["--data.frames_per_epoch=1", "--env.time_limit=20", "--episodes=1"]
+    always = ["--data.frames_per_epoch=1", "--env.time_limit=30", "--episodes=1"]
     done = lit_rl("fit", f"--config={path}", *little, *always)
     assert done.code == 0, done.err
     assert "evaluation: return " in done.out
