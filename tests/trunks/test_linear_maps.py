@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,8 +83,8 @@ def test_gradients_can_be_differentiated() -> None:
     x, weight = tensors((200, 128), (256, 128))
     inputs = [x, weight]
 
-    def second(product: object) -> tuple[Tensor, ...]:
-        y = product(x, weight)  # type: ignore[operator]
+    def second(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = product(x, weight)
         first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().mean() for g in first), inputs)
 
