@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from lightning.pytorch.loggers.logger import DummyLogger
+from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import registry
@@ -25,6 +26,7 @@ from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.agent import TrunkFactory
 from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
 from lit_rl.testing.envs import Counter
+from lit_rl.trunks import MLP
 
 COUNTER, WALK = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0"
 
@@ -41,6 +43,15 @@ def counter(
     """Episodes of known lengths and ends, observation (episode, t), reward t + 1."""
     kwargs = {"lengths": list(lengths), "truncations": list(truncations)}
     return EnvConfig(COUNTER, num_envs=num_envs, kwargs=kwargs)
+
+
+class Balanced(MLP):
+    """An MLP with an auxiliary loss, as a mixture of experts has one."""
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        y, state = super().forward(x, state, is_init)
+        self.auxiliary_loss = y.square().mean()
+        return y, state
 
 
 class Walk(Counter):

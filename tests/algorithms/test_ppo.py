@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import counter, installed_trunks, make_trainer, parameters, ppo, train, walk
+from helpers import Balanced, counter, installed_trunks, make_trainer, parameters, ppo, train, walk
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from tensordict import TensorDict
 from torch import Tensor
@@ -286,12 +286,6 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_auxiliary_losses_join_the_loss() -> None:
-    class Balanced(MLP):
-        def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-            y, state = super().forward(x, state, is_init)
-            self.auxiliary_loss = y.square().mean()
-            return y, state
-
     model = LitPPO(walk(), Balanced)
     T = 6
     steps = TensorDict(

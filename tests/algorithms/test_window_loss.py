@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Q_HEADS, counter, small, window_loss
+from helpers import Q_HEADS, Balanced, counter, small, window_loss
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.modules import QValueActor
@@ -292,12 +292,6 @@ def test_burn_in_is_a_pass_without_gradient() -> None:
 
 def test_auxiliary_losses_join_the_loss() -> None:
     """That of the pass that learns, with its gradient, and not of one after it."""
-
-    class Balanced(MLP):
-        def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-            y, state = super().forward(x, state, is_init)
-            self.auxiliary_loss = y.square().mean()
-            return y, state
 
     balanced, plain = LitDQN(counter(), Balanced, window=3), LitDQN(counter(), MLP, window=3)
     plain.load_state_dict(balanced.state_dict())
