@@ -1,8 +1,10 @@
-"""LSTM and GRU on torch's own kernels, with exact resets inside sequences and no loop over time steps.
+"""LSTM and GRU with exact resets inside sequences.
 
-Both hold the torch module as `rnn`, so weights interchange with `nn.LSTM` and `nn.GRU`. Three ways lead to
-the same numbers: the cell where T = 1, one kernel call a layer where no reset stands inside the sequence, and
-the same call on stretched rows (see `lit_rl.trunks.resets`) where one does.
+Both hold the torch module as `rnn`, so weights interchange with `nn.LSTM` and `nn.GRU`. Four ways lead to the
+same numbers: torch's cell where T = 1; on the CPU loops compiled by numba (see `lit_rl.trunks.compiled`);
+elsewhere torch's kernel for a whole layer, on rows stretched by a step for each reset (see
+`lit_rl.trunks.resets`) or, where no reset stands inside the sequence, as they are. That last way is also
+LSTM's on the CPU: oneDNN's kernel is as quick as the loops and runs on several cores.
 
 Shapes: B rows, T time steps, K stretched steps, F input features, D = d_model.
 """
@@ -10,6 +12,8 @@ Shapes: B rows, T time steps, K stretched steps, F input features, D = d_model.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,19 +21,22 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.trunks.base import Trunk
+from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl.trunks.resets import SATURATE, StretchedRows
 
 Weights = tuple[Tensor, ...]  # of G gates: weight_ih [G*D, F], weight_hh [G*D, D], bias_ih, bias_hh [G*D]
 Memory = list[Tensor]  # one layer's memory, [B, D] each, h first
+Layer = Callable[[Tensor, Memory, Weights], tuple[Tensor, Memory]]  # [B, T, F] to [B, T, D]
 
 
 class Recurrent(Trunk):
-    """What LSTM and GRU share: layers, state and the three ways through a sequence.
+    """What LSTM and GRU share: layers, state and the ways through a sequence.
 
     Weight matrices start orthogonal, biases at zero.
     """
 
     state_keys: ClassVar[tuple[str, ...]]
+    has_quick_kernel: ClassVar[bool]  # torch has one for the CPU, without resets
 
     def __init__(self, in_features: int, rnn: nn.RNNBase) -> None:
         super().__init__(in_features, out_features=rnn.hidden_size)
@@ -46,7 +53,13 @@ class Recurrent(Trunk):
 
     @abstractmethod
     def scan(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
-        """All steps of one layer, without resets."""
+        """All steps of one layer by torch's kernel, without resets."""
+
+    @abstractmethod
+    def compiled_scan(
+        self, x_BTF: Tensor, memory: Memory, weights: Weights, *, is_init_BT: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """All steps of one layer by compiled loops."""
 
     @abstractmethod
     def flag_weights(self, weights: Weights) -> Tensor:
@@ -77,27 +90,41 @@ class Recurrent(Trunk):
     @torch.compiler.disable  # compiling would unroll the kernels over time: minutes, for something slower
     def _layers(self, y: Tensor, entering: list[Tensor], is_init: Tensor) -> tuple[Tensor, list[Tensor]]:
         """All layers; `entering` and what leaves are the state's entries ``[B, n_layers, D]``."""
-        has_inner_resets = is_init.shape[1] > 1 and bool(is_init[:, 1:].any())
-        rows = StretchedRows.around_resets(is_init, y.dtype) if has_inner_resets else None
+        rows, layer = self._way(y, entering, is_init)
         if rows is not None:
             y = rows.stretch(y)
         leaving: list[Memory] = []
-        for layer, weights in enumerate(self.rnn.all_weights):
-            memory = [m[:, layer].contiguous() for m in entering]  # as cuDNN wants it
-            y, memory = self._layer(y, memory, tuple(weights), rows)
+        for index, weights in enumerate(self.rnn.all_weights):
+            memory = [m[:, index].contiguous() for m in entering]  # as cuDNN wants it
+            y, memory = layer(y, memory, tuple(weights))
             leaving.append(memory)
         if rows is not None:
             y = rows.real_steps(y)
         return y, [torch.stack(of_layers, dim=1) for of_layers in zip(*leaving, strict=True)]
 
-    def _layer(
-        self, x_BKF: Tensor, memory: Memory, weights: Weights, rows: StretchedRows | None
+    def _way(
+        self, x_BTF: Tensor, entering: list[Tensor], is_init: Tensor
+    ) -> tuple[StretchedRows | None, Layer]:
+        """How a layer runs, and how rows are stretched for it if they are."""
+        if is_init.shape[1] == 1:  # acting: the cell costs less than half of what is made for sequences
+            return None, self._step
+        has_inner_resets = bool(is_init[:, 1:].any())
+        if can_be_compiled(x_BTF, *entering, *self.parameters()) and (
+            has_inner_resets or not self.has_quick_kernel
+        ):
+            return None, partial(self.compiled_scan, is_init_BT=is_init)
+        if not has_inner_resets:
+            return None, self.scan
+        rows = StretchedRows.around_resets(is_init, x_BTF.dtype)
+        return rows, partial(self._scan_stretched, rows)
+
+    def _step(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
+        memory = self.cell(x_BTF[:, 0], memory, weights)
+        return memory[0][:, None], memory
+
+    def _scan_stretched(
+        self, rows: StretchedRows, x_BKF: Tensor, memory: Memory, weights: Weights
     ) -> tuple[Tensor, Memory]:
-        if x_BKF.shape[1] == 1:  # acting: the cell costs less than half of a kernel made for sequences
-            memory = self.cell(x_BKF[:, 0], memory, weights)
-            return memory[0][:, None], memory
-        if rows is None:
-            return self.scan(x_BKF, memory, weights)
         weight_ih, *others = weights
         weight_ih = torch.cat([weight_ih, self.flag_weights(weights)], dim=1)
         y_BKD, (_, *rest) = self.scan(rows.with_flags(x_BKF), memory, (weight_ih, *others))
@@ -108,6 +135,7 @@ class LSTM(Recurrent):
     """`nn.LSTM`: gates i, f, g, o (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000)."""
 
     state_keys = ("h", "c")
+    has_quick_kernel = True
 
     def __init__(self, in_features: int, *, d_model: int = 128, n_layers: int = 1) -> None:
         super().__init__(in_features, nn.LSTM(in_features, d_model, n_layers, batch_first=True))
@@ -119,6 +147,16 @@ class LSTM(Recurrent):
         entering = [m[None] for m in memory]
         y, h, c = torch.lstm(x_BTF, entering, weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
         return y, [h[0], c[0]]
+
+    def compiled_scan(
+        self, x_BTF: Tensor, memory: Memory, weights: Weights, *, is_init_BT: Tensor
+    ) -> tuple[Tensor, Memory]:
+        from lit_rl.trunks.compiled.recurrent import compiled_lstm
+
+        (h, c), (weight_ih, weight_hh, bias_ih, bias_hh) = memory, weights
+        x_TBF, bias = x_BTF.transpose(0, 1), bias_ih + bias_hh
+        y_TBD, h, c = compiled_lstm(x_TBF, h, c, weight_ih, weight_hh, bias, is_init_BT.t())
+        return y_TBD.transpose(0, 1), [h, c]
 
     def flag_weights(self, weights: Weights) -> Tensor:
         D = self.out_features
@@ -133,6 +171,7 @@ class GRU(Recurrent):
     """`nn.GRU`: gates r, z, n (Cho et al. 2014, with the reset gate after the matrix product as in cuDNN)."""
 
     state_keys = ("h",)
+    has_quick_kernel = False
 
     def __init__(self, in_features: int, *, d_model: int = 128, n_layers: int = 1) -> None:
         super().__init__(in_features, nn.GRU(in_features, d_model, n_layers, batch_first=True))
@@ -143,6 +182,16 @@ class GRU(Recurrent):
     def scan(self, x_BTF: Tensor, memory: Memory, weights: Weights) -> tuple[Tensor, Memory]:
         y, h = torch.gru(x_BTF, memory[0][None], weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
         return y, [h[0]]
+
+    def compiled_scan(
+        self, x_BTF: Tensor, memory: Memory, weights: Weights, *, is_init_BT: Tensor
+    ) -> tuple[Tensor, Memory]:
+        from lit_rl.trunks.compiled.recurrent import compiled_gru
+
+        (h,), (weight_ih, weight_hh, bias_ih, bias_hh) = memory, weights
+        x_TBF = x_BTF.transpose(0, 1)
+        y_TBD, h = compiled_gru(x_TBF, h, weight_ih, weight_hh, bias_ih, bias_hh, is_init_BT.t())
+        return y_TBD.transpose(0, 1), [h]
 
     def flag_weights(self, weights: Weights) -> Tensor:
         D = self.out_features

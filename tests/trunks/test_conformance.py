@@ -3,7 +3,7 @@
 import pytest
 
 from lit_rl.testing import TrunkConformance
-from lit_rl.trunks import GRU, LSTM, MLP
+from lit_rl.trunks import GRU, LSTM, MLP, recurrent
 
 
 class TestMLP(TrunkConformance):
@@ -19,6 +19,24 @@ class TestLSTM(TrunkConformance):
 class TestGRU(TrunkConformance):
     trunk = GRU
     options = ({}, {"d_model": 7, "n_layers": 3})
+
+
+class TorchKernels:
+    """The way of other devices and types, on stretched rows."""
+
+    @pytest.fixture(autouse=True)
+    def do_not_compile(self, monkeypatch):
+        monkeypatch.setattr(recurrent, "can_be_compiled", lambda *tensors: False)
+
+
+class TestLSTMByTorchKernel(TorchKernels, TrunkConformance):
+    trunk = LSTM
+    options = ({"d_model": 7, "n_layers": 2},)
+
+
+class TestGRUByTorchKernel(TorchKernels, TrunkConformance):
+    trunk = GRU
+    options = ({"d_model": 7, "n_layers": 2},)
 
 
 @pytest.mark.parametrize("trunk", [MLP, LSTM, GRU])

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_rl_ssm.compiled_exp import arrays, exp
+from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.products import jit
 
 PART = 64
 
@@ -79,11 +80,7 @@ class _CompiledGatedNorm(torch.autograd.Function):
         return grad_x.view(grad_y.shape), grad_z.view(grad_y.shape), grad_weight, None
 
 
-# The order of summation is free.
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-
-
-@_jit
+@jit
 def _forward(x, weight, scale, y, eps):  # type: ignore[no-untyped-def]
     rows, channels = x.shape
     for r in range(rows):
@@ -97,7 +94,7 @@ def _forward(x, weight, scale, y, eps):  # type: ignore[no-untyped-def]
             y_r[d] = x_r[d] * s * weight[d]
 
 
-@_jit
+@jit
 def _backward(x, weight, scale, grad_y, grad_x, grad_weight, part):  # type: ignore[no-untyped-def]
     rows, channels = x.shape
     zero = x.dtype.type(0)
@@ -117,7 +114,7 @@ def _backward(x, weight, scale, grad_y, grad_x, grad_weight, part):  # type: ign
             grad_weight[d] += part[d]
 
 
-@_jit
+@jit
 def _gated_forward(x, z, weight, scale, y, eps):  # type: ignore[no-untyped-def]
     rows, channels = x.shape
     one = x.dtype.type(1)
@@ -134,7 +131,7 @@ def _gated_forward(x, z, weight, scale, y, eps):  # type: ignore[no-untyped-def]
             y_r[d] *= s * weight[d]
 
 
-@_jit
+@jit
 def _gated_backward(  # type: ignore[no-untyped-def]
     x, z, weight, scale, grad_y, grad_x, grad_z, grad_weight, part, gate, g
 ):

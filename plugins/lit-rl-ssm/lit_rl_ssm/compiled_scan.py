@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_rl_ssm.compiled_exp import arrays, exp
+from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled.exp import exp
 
 CHUNK = 16
 

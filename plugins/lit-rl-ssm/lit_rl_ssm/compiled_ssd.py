@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_rl_ssm.compiled_exp import arrays, exp
+from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.products import add_inner_products, add_product, jit
 
 L = 16
 
@@ -100,11 +101,7 @@ class _CompiledSSD(torch.autograd.Function):
         return *grads, grad_state.transpose(1, 2), None
 
 
-# The order of summation is free.
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-
-
-@_jit
+@jit
 def _step(x, dt, a, B, C, D, is_init, h, y, h_next):  # type: ignore[no-untyped-def]
     """One step of every row; here h is [B, H, P, N]."""
     rows, heads, headdim = x.shape
@@ -122,25 +119,7 @@ def _step(x, dt, a, B, C, D, is_init, h, y, h_next):  # type: ignore[no-untyped-
                 y[b, j, p] = read + D[j] * x[b, j, p]
 
 
-@_jit
-def _add_product(out, left, right):  # type: ignore[no-untyped-def]
-    """``out += left @ right``, four rows of `right` at a time."""
-    inner, columns = right.shape
-    whole = inner - inner % 4
-    for k in range(0, whole, 4):
-        r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
-        for i in range(out.shape[0]):
-            out_i, w0, w1, w2, w3 = out[i], left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
-            for q in range(columns):
-                out_i[q] += w0 * r0[q] + w1 * r1[q] + w2 * r2[q] + w3 * r3[q]
-    for k in range(whole, inner):
-        for i in range(out.shape[0]):
-            out_i, r0, w0 = out[i], right[k], left[i, k]
-            for q in range(columns):
-                out_i[q] += w0 * r0[q]
-
-
-@_jit
+@jit
 def _carry(state, kept, left, right):  # type: ignore[no-untyped-def]
     """``state = state * kept + left @ right``, a row of the state at a time."""
     inner, columns = right.shape
@@ -160,34 +139,7 @@ def _carry(state, kept, left, right):  # type: ignore[no-untyped-def]
                 row[q] += w0 * r0[q]
 
 
-@_jit
-def _add_inner_products(out, left, right):  # type: ignore[no-untyped-def]
-    """``out += left @ right.T``, four rows of `right` at a time."""
-    zero = out.dtype.type(0)
-    rows = right.shape[0]
-    whole = rows - rows % 4
-    for k in range(0, whole, 4):
-        r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
-        for i in range(out.shape[0]):
-            left_i, s0, s1, s2, s3 = left[i], zero, zero, zero, zero
-            for q in range(left_i.shape[0]):
-                s0 += left_i[q] * r0[q]
-                s1 += left_i[q] * r1[q]
-                s2 += left_i[q] * r2[q]
-                s3 += left_i[q] * r3[q]
-            out[i, k] += s0
-            out[i, k + 1] += s1
-            out[i, k + 2] += s2
-            out[i, k + 3] += s3
-    for k in range(whole, rows):
-        for i in range(out.shape[0]):
-            left_i, r0, s0 = left[i], right[k], zero
-            for q in range(left_i.shape[0]):
-                s0 += left_i[q] * r0[q]
-            out[i, k] += s0
-
-
-@_jit
+@jit
 def _prepare(x, dt, a, B, C, is_init, decay, start, CB, written):  # type: ignore[no-untyped-def]
     """Fill the last four from a chunk's steps."""
     size, heads = a.shape
@@ -201,16 +153,16 @@ def _prepare(x, dt, a, B, C, is_init, decay, start, CB, written):  # type: ignor
                 decay[j, t, s] = kept * decay[j, t - 1, s]
             decay[j, t, t] = one
     CB[:size, :size] = zero
-    _add_inner_products(CB[:size, :size], C, B)
+    add_inner_products(CB[:size, :size], C, B)
     for s in range(size):
         written_s, x_s = written[s], x[s]
         for j in range(heads):
             left = decay[j, size - 1, s] * dt[s, j]
-            for q in range(j * headdim, (j + 1) * headdim):
-                written_s[q] = left * x_s[q]
+            for p in range(headdim):
+                written_s[j * headdim + p] = left * x_s[j * headdim + p]
 
 
-@_jit
+@jit
 def _forward(  # type: ignore[no-untyped-def]
     x, dt, a, B, C, D, is_init, h, y, outer, marks, decay, start, CB, written, kept, W, x_j, y_j
 ):
@@ -229,7 +181,7 @@ def _forward(  # type: ignore[no-untyped-def]
             marks[b, chunk] = h[b]
             read = outer[b, now]
             read[:] = zero
-            _add_product(read, C[b, now], h[b])
+            add_product(read, C[b, now], h[b])
             for j in range(heads):
                 first = j * headdim
                 for t in range(size):
@@ -240,7 +192,7 @@ def _forward(  # type: ignore[no-untyped-def]
                         y_jt[p] = read_t[first + p] + D[j] * x_jt[p]
                     for s in range(t + 1):
                         W[t, s] = CB[t, s] * decay[j, t, s] * dt[b, lo + s, j]
-                _add_product(y_j[:size], W[:size, :size], x_j[:size])
+                add_product(y_j[:size], W[:size, :size], x_j[:size])
                 for t in range(size):
                     y_t, y_jt = y[b, lo + t], y_j[t]
                     for p in range(headdim):
@@ -249,7 +201,7 @@ def _forward(  # type: ignore[no-untyped-def]
             _carry(h[b], kept, B[b, now].T, written[:size])
 
 
-@_jit
+@jit
 def _backward(  # type: ignore[no-untyped-def]
     x, dt, a, B, C, D, is_init, outer, marks, grad_y, grad_h,
     grad_x, grad_dt, grad_a, grad_B, grad_C, grad_D,
@@ -274,12 +226,12 @@ def _backward(  # type: ignore[no-untyped-def]
             for t in range(size):
                 grad_read_t, grad_y_t = grad_read[t], grad_y[b, lo + t]
                 for j in range(heads):
-                    for q in range(j * headdim, (j + 1) * headdim):
-                        grad_read_t[q] = start[t, j] * grad_y_t[q]
+                    for p in range(headdim):
+                        grad_read_t[j * headdim + p] = start[t, j] * grad_y_t[j * headdim + p]
             grad_written[:] = zero
-            _add_product(grad_written[:size], B[b, now], grad_h[b])
-            _add_inner_products(grad_B[b, now], written[:size], grad_h[b])
-            _add_inner_products(grad_C[b, now], grad_read[:size], marks[b, chunk])
+            add_product(grad_written[:size], B[b, now], grad_h[b])
+            add_inner_products(grad_B[b, now], written[:size], grad_h[b])
+            add_inner_products(grad_C[b, now], grad_read[:size], marks[b, chunk])
             grad_kept[:] = zero
             for n in range(grad_h.shape[1]):
                 h_n, grad_h_n = marks[b, chunk, n], grad_h[b, n]
@@ -298,7 +250,7 @@ def _backward(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@_jit
+@jit
 def _backward_inside(  # type: ignore[no-untyped-def]
     x, dt, B, C, D, outer, grad_y, grad_written, grad_kept,
     grad_x, grad_dt, grad_a, grad_B, grad_C, grad_D,
@@ -328,7 +280,7 @@ def _backward_inside(  # type: ignore[no-untyped-def]
         grad_start[last] += total * start[last, j]
 
         grad_W[:] = zero
-        _add_inner_products(grad_W, y_j, x_j)
+        add_inner_products(grad_W, y_j, x_j)
         for t in range(size):
             grad_D[j] += grad_W[t, t]
             crossing = zero  # gradients of the exponents from steps before s to t
@@ -339,7 +291,7 @@ def _backward_inside(  # type: ignore[no-untyped-def]
                 grad_dt[s, j] += grad_W[t, s] * scaled
                 grad_a[s, j] += crossing
                 crossing += grad_W[t, s] * W[t, s]
-        _add_product(grad_x_j, W.T, y_j)
+        add_product(grad_x_j, W.T, y_j)
 
         crossing = zero
         for s in range(size):
@@ -353,5 +305,5 @@ def _backward_inside(  # type: ignore[no-untyped-def]
         for s in range(last, -1, -1):
             crossing += grad_start[s]
             grad_a[s, j] += crossing
-    _add_product(grad_C, grad_CB[:size, :size], B)
-    _add_product(grad_B, grad_CB[:size, :size].T, C)
+    add_product(grad_C, grad_CB[:size, :size], B)
+    add_product(grad_B, grad_CB[:size, :size].T, C)

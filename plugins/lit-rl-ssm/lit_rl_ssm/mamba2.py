@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.trunks import Linear
+from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
-from lit_rl_ssm.compiled_exp import can_be_compiled
 from lit_rl_ssm.compiled_ssd import compiled_ssd, compiled_ssd_step
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm

@@ -1,4 +1,4 @@
-"""e^x for loops that numba compiles, and how tensors get into them."""
+"""e^x for loops that numba compiles."""
 
 from __future__ import annotations
 
@@ -7,22 +7,7 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba.extending import overload
-from torch import Tensor
-
-
-def can_be_compiled(*tensors: Tensor) -> bool:
-    """Whether loops over these tensors can: on the CPU, all float32 or all float64, nothing traced."""
-    first = tensors[0].dtype
-    if first not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
-        return False
-    return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
-
-
-def arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """Numpy's view of tensors on the CPU."""
-    return [tensor.detach().numpy() for tensor in tensors]
 
 
 def exp(x: Any) -> Any:

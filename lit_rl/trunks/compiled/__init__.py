@@ -1,0 +1,28 @@
+"""Loops over time compiled by numba, for the CPU: what they share, and those of LSTM and GRU.
+
+numba compiles on first use, some seconds a dtype, and keeps the result beside the source or in the user's
+cache. Importing it takes half a second, so this file does not, and whoever may do without it imports the
+others where they are needed.
+
+A kept result is made anew when its own file changes, not when a file does from which it calls: after a change
+in `exp` or `products` delete the ``*.nbi`` beside all callers, or what is measured is the code of before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def can_be_compiled(*tensors: Tensor) -> bool:
+    """Whether loops over these tensors can: on the CPU, all float32 or all float64, nothing traced."""
+    first = tensors[0].dtype
+    if first not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Numpy's view of tensors on the CPU."""
+    return [tensor.detach().numpy() for tensor in tensors]

@@ -1,0 +1,60 @@
+"""What compiled loops share: small products against torch's, for sizes that do and do not come out even."""
+
+import pytest
+import torch
+
+from lit_rl.trunks.compiled import arrays, can_be_compiled
+from lit_rl.trunks.compiled.products import (
+    PART,
+    add_inner_products,
+    add_outer_products,
+    add_product,
+)
+
+SIZES = [(1, 1, 1), (2, 4, 8), (3, 5, 7), (8, 12, 33), (5, 3, 64), (4, 0, 3)]
+
+
+def matrices(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_add_product(rows, inner, columns):
+    out, left, right = matrices((rows, columns), (rows, inner), (inner, columns))
+    expected = out + left @ right
+    add_product(*arrays(out, left, right))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_add_inner_products(rows, inner, columns):
+    out, left, right = matrices((rows, columns), (rows, inner), (columns, inner))
+    expected = out + left @ right.T
+    add_inner_products(*arrays(out, left, right))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [1, PART, PART + 1, 3 * PART - 1])
+def test_add_outer_products(steps):
+    out, part, left, right = matrices((6, 9), (6, 9), (steps, 6), (steps, 9))
+    expected = out + left.T @ right
+    add_outer_products(*arrays(out, left, right, part))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+
+
+def test_parts_keep_the_rounding_of_long_sums_small():
+    ones = torch.full((2**19, 1), 0.1)
+    out, part = torch.zeros(1, 1), torch.zeros(1, 1)
+    add_outer_products(*arrays(out, ones, ones, part))
+    exact = 2**19 * ones[0].double().item() ** 2
+    assert abs(out.item() - exact) < 1e-4 * exact
+
+
+def test_only_floats_of_one_type_on_the_cpu_can_be_compiled():
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert can_be_compiled(single, single)
+    assert can_be_compiled(double)
+    assert not can_be_compiled(single, double)
+    assert not can_be_compiled(single.bfloat16())
+    assert not can_be_compiled(single, torch.zeros(1, device="meta"))
