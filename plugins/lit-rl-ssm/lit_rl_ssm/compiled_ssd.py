@@ -121,22 +121,15 @@ def _step(x, dt, a, B, C, D, is_init, h, y, h_next):  # type: ignore[no-untyped-
 
 @jit
 def _carry(state, kept, left, right):  # type: ignore[no-untyped-def]
-    """``state = state * kept + left @ right``, a row of the state at a time."""
-    inner, columns = right.shape
-    whole = inner - inner % 4
-    for i in range(state.shape[0]):
-        row = state[i]
-        for q in range(columns):
-            row[q] *= kept[q]
-        for k in range(0, whole, 4):
-            r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
-            w0, w1, w2, w3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
-            for q in range(columns):
-                row[q] += w0 * r0[q] + w1 * r1[q] + w2 * r2[q] + w3 * r3[q]
-        for k in range(whole, inner):
-            r0, w0 = right[k], left[i, k]
-            for q in range(columns):
-                row[q] += w0 * r0[q]
+    """``state = state * kept + left @ right``, few rows of the state at a time, which stay in the cache."""
+    for start in range(0, state.shape[0], 8):
+        rows = slice(start, start + 8)
+        part = state[rows]
+        for i in range(part.shape[0]):
+            row = part[i]
+            for q in range(row.shape[0]):
+                row[q] *= kept[q]
+        add_product(part, left[rows], right)
 
 
 @jit
