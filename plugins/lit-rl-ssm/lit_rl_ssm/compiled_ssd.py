@@ -46,23 +46,6 @@ def compiled_ssd(
     return y_BTE.view(x_BTHP.shape), state_BQN.view(state_BHPN.shape)
 
 
-def compiled_ssd_step(
-    x_BHP: Tensor,
-    dt_BH: Tensor,
-    A_H: Tensor,
-    B_BN: Tensor,
-    C_BN: Tensor,
-    D_H: Tensor,
-    state_BHPN: Tensor,
-    is_init_B: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See `ssd.ssd_step`; without gradient."""
-    inputs = (x_BHP, dt_BH, dt_BH * A_H, B_BN, C_BN, D_H, is_init_B, state_BHPN)
-    y_BHP, next_BHPN = x_BHP.new_empty(x_BHP.shape), state_BHPN.new_empty(state_BHPN.shape)
-    _step(*arrays(*(tensor.contiguous() for tensor in inputs), y_BHP, next_BHPN))
-    return y_BHP, next_BHPN
-
-
 class _CompiledSSD(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,24 +82,6 @@ class _CompiledSSD(torch.autograd.Function):
         room = [x.new_empty(shape) for shape in shapes]
         _backward(*arrays(*inputs, outer, marks, grad_y.contiguous(), grad_state, *grads, *room))
         return *grads, grad_state.transpose(1, 2), None
-
-
-@jit
-def _step(x, dt, a, B, C, D, is_init, h, y, h_next):  # type: ignore[no-untyped-def]
-    """One step of every row; here h is [B, H, P, N]."""
-    rows, heads, headdim = x.shape
-    zero = x.dtype.type(0)
-    for b in range(rows):
-        B_b, C_b = B[b], C[b]
-        for j in range(heads):
-            decay = zero if is_init[b] else exp(a[b, j])
-            for p in range(headdim):
-                h_p, next_p, write, read = h[b, j, p], h_next[b, j, p], dt[b, j] * x[b, j, p], zero
-                for n in range(B.shape[1]):
-                    value = decay * h_p[n] + write * B_b[n]
-                    next_p[n] = value
-                    read += value * C_b[n]
-                y[b, j, p] = read + D[j] * x[b, j, p]
 
 
 @jit

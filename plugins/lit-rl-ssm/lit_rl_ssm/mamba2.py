@@ -27,7 +27,8 @@ from lit_rl.trunks import Linear
 from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
-from lit_rl_ssm.compiled_ssd import compiled_ssd, compiled_ssd_step
+from lit_rl_ssm.compiled_mamba2_step import compiled_mamba2_step
+from lit_rl_ssm.compiled_ssd import compiled_ssd
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.norm import RMSNorm
 from lit_rl_ssm.softplus import softplus
@@ -110,7 +111,35 @@ class Mamba2Mixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._acts_compiled(x_BTD, state):
+            y_BD, state = self._compiled_step(x_BTD[:, 0], state, is_init_BT[:, 0])
+            return y_BD[:, None], state
         return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
+
+    def _acts_compiled(self, x_BTD: Tensor, state: dict[str, Tensor]) -> bool:
+        if not self.compiled or x_BTD.shape[1] != 1 or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            return False
+        return can_be_compiled(x_BTD, *state.values(), *self.parameters())
+
+    def _compiled_step(
+        self, x_BD: Tensor, state: dict[str, Tensor], is_init_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return compiled_mamba2_step(
+            x_BD,
+            state,
+            is_init_B,
+            in_proj=self.in_proj.weight,
+            taps_CW=self.conv1d.weight[:, 0],
+            taps_bias_C=self.conv1d.bias,
+            dt_bias_H=self.dt_bias,
+            A_log_H=self.A_log,
+            D_H=self.D,
+            norm_E=self.norm.weight,
+            out_proj=self.out_proj.weight,
+            eps=self.norm.eps,
+        )
 
     def _piece(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
@@ -160,15 +189,13 @@ class Mamba2Mixer(nn.Module):
     def _scan(self, selected: Selected, ssm_BHPN: Tensor, is_init_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The recurrence by the leanest way there is."""
         x_BTHP, dt_BTH, A_H, B_BTN, C_BTN = selected
-        compiled = self.compiled and can_be_compiled(*selected, self.D, ssm_BHPN)
         if x_BTHP.shape[1] == 1:
             now = (x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTN[:, 0], C_BTN[:, 0], self.D)
-            step = compiled_ssd_step if compiled and not torch.is_grad_enabled() else ssd_step
-            y_BHP, ssm_BHPN = step(*now, ssm_BHPN, is_init_BT[:, 0])
+            y_BHP, ssm_BHPN = ssd_step(*now, ssm_BHPN, is_init_BT[:, 0])
             return y_BHP[:, None], ssm_BHPN
         if self.scan_kernel is not None and kernels.runs_on(x_BTHP):
             return kernels.chunk_scan_by_kernel(self.scan_kernel, *selected, self.D, ssm_BHPN, is_init_BT)
-        if compiled:
+        if self.compiled and can_be_compiled(*selected, self.D, ssm_BHPN):
             return compiled_ssd(*selected, self.D, ssm_BHPN, is_init_BT)
         return ssd(*selected, self.D, ssm_BHPN, is_init_BT, chunk_size=self.chunk_size)
 

@@ -127,14 +127,18 @@ def test_mixer_equals_the_recurrence(steps, options, reset_rate, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_acting_equals_the_recurrence(backend):
-    mixer, x_BTD, state, is_init_BT = mixer_and_inputs(1, 0.5, rows=6, backend=backend)
+@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"d_conv": 2, "headdim": 16, "expand": 4}])
+def test_acting_equals_the_recurrence(backend, options):
+    mixer, x_BTD, state, is_init_BT = mixer_and_inputs(9, 0.3, rows=6, backend=backend, **options)
     expected, last = recurrence(mixer, x_BTD, state, is_init_BT)
+    outputs = []
     with torch.no_grad():
-        found, left = mixer(x_BTD, state, is_init_BT)
-    assert_near(found, expected, 1e-10, "y")
+        for t in range(9):
+            y, state = mixer(x_BTD[:, t : t + 1], state, is_init_BT[:, t : t + 1])
+            outputs.append(y)
+    assert_near(torch.cat(outputs, dim=1), expected, 1e-10, "y")
     for name, reference in last.items():
-        assert_near(left[name], reference, 1e-10, name)
+        assert_near(state[name], reference, 1e-10, name)
 
 
 @pytest.mark.parametrize("numbers", [1, 3 * 16 * 7, 3 * 16 * 37])

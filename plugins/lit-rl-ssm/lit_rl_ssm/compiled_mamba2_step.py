@@ -1,0 +1,121 @@
+"""One step of a Mamba-2 layer compiled by numba, for acting: on the CPU, without gradient.
+
+The equations of `mamba2`, all in one call: with few rows each operation of its own costs more than its
+arithmetic.
+
+Arrays: x, y [B, D]; projected [B, 2 E + 2 N + H], of each row z, x, B, C and dt in turn; past, past_next
+[B, W - 1, E + 2 N], the convolution's last inputs; taps [W, E + 2 N]; h, h_next [B, H, P, N]; is_init [B];
+the rest are a layer's parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.products import add_inner_products, jit
+
+
+def compiled_mamba2_step(
+    x_BD: Tensor,
+    state: dict[str, Tensor],
+    is_init_B: Tensor,
+    *,
+    in_proj: Tensor,
+    taps_CW: Tensor,
+    taps_bias_C: Tensor,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_E: Tensor,
+    out_proj: Tensor,
+    eps: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The layer's output ``[B, D]`` and its next state.
+
+    Args:
+        x_BD: input.
+        state: of `mamba2.Mamba2Mixer`.
+        is_init_B: bool, true where the state is cleared before the step.
+        in_proj: ``[2 E + 2 N + H, D]``.
+        taps_CW: the convolution's weights, C = E + 2 N.
+        taps_bias_C: its bias.
+        dt_bias_H: added to dt before the softplus.
+        A_log_H: logarithm of the decay rates.
+        D_H: the skip.
+        norm_E: weights of the gated norm.
+        out_proj: ``[D, E]``.
+        eps: of the norm.
+    """
+    inputs = (x_BD, in_proj, state["conv"].transpose(1, 2), taps_CW.t(), taps_bias_C, dt_bias_H, A_log_H, D_H)
+    inputs = (*inputs, norm_E, out_proj, state["ssm"], is_init_B)
+    inputs = tuple(tensor.contiguous() for tensor in inputs)
+    past_BWC, h_BHPN = inputs[2], inputs[-2]
+    past_next_BWC, h_next_BHPN = past_BWC.new_empty(past_BWC.shape), h_BHPN.new_empty(h_BHPN.shape)
+    y_BD, projected = x_BD.new_zeros(len(x_BD), len(out_proj)), x_BD.new_zeros(len(x_BD), len(in_proj))
+    C, N = len(taps_bias_C), h_BHPN.shape[3]
+    room = [x_BD.new_empty(size) for size in ((C,), (C,), (N,), (N,), (len(x_BD), len(norm_E)))]
+    _step(*arrays(*inputs, past_next_BWC, h_next_BHPN, y_BD, projected, *room), eps)
+    return y_BD, {"conv": past_next_BWC.transpose(1, 2), "ssm": h_next_BHPN}
+
+
+@jit
+def _step(  # type: ignore[no-untyped-def]
+    x, in_proj, past, taps, taps_bias, dt_bias, A_log, skip, norm, out_proj, h, is_init,
+    past_next, h_next, y, projected, newest, mixed, B, C, gated, eps,
+):  # fmt: skip
+    """Of one row `newest` and `mixed` [E + 2 N] stand before and behind the convolution; gated [B, E]."""
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    rows, heads, headdim, d_state = h.shape
+    channels, last = heads * headdim, past.shape[1]
+    add_inner_products(projected, x, in_proj)
+    for b in range(rows):
+        row, g = projected[b], gated[b]
+        # Copied first: numba makes vectors of loops that need no offset.
+        for c in range(newest.shape[0]):
+            newest[c] = row[channels + c]
+        tap = taps[last]
+        for c in range(mixed.shape[0]):
+            mixed[c] = taps_bias[c] + tap[c] * newest[c]
+        for k in range(last):
+            tap, seen = taps[k], past[b, k]
+            if is_init[b]:
+                for c in range(seen.shape[0]):
+                    past_next[b, k, c] = zero
+                continue
+            for c in range(mixed.shape[0]):
+                mixed[c] += tap[c] * seen[c]
+            if k > 0:
+                past_next[b, k - 1] = seen
+        if last > 0:
+            past_next[b, last - 1] = newest
+        for c in range(mixed.shape[0]):
+            mixed[c] /= one + exp(-mixed[c])
+        for n in range(d_state):
+            B[n], C[n] = mixed[channels + n], mixed[channels + d_state + n]
+
+        for j in range(heads):
+            v = row[channels + newest.shape[0] + j] + dt_bias[j]
+            dt = max(v, zero) + x.dtype.type(math.log1p(math.exp(-abs(v))))
+            decay = zero if is_init[b] else exp(-dt * exp(A_log[j]))
+            for p in range(headdim):
+                e = j * headdim + p
+                h_p, next_p, write, read = h[b, j, p], h_next[b, j, p], dt * mixed[e], zero
+                for n in range(next_p.shape[0]):
+                    value = decay * h_p[n] + write * B[n]
+                    next_p[n] = value
+                    read += value * C[n]
+                g[e] = read + skip[j] * mixed[e]
+
+        total = zero
+        for e in range(g.shape[0]):
+            g[e] *= row[e] / (one + exp(-row[e]))
+            total += g[e] * g[e]
+        scale = x.dtype.type(1 / np.sqrt(total / channels + eps))
+        for e in range(g.shape[0]):
+            g[e] *= scale * norm[e]
+    add_inner_products(y, gated, out_proj)
