@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lit_rl.autograd import first_order
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -122,7 +123,7 @@ class _PPOLoss(torch.autograd.Function):
         return loss, policy_loss, critic_loss, mean_entropy, log_ratio
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         ratio, advantage, value, old_value, target = ctx.saved_tensors
         clip, value_clip, value_coef, entropy_coef = ctx.coefficients

@@ -1,8 +1,8 @@
 """Every trunk on a CUDA device: is it right there, and what does it cost? ``make gpu-check``.
 
-``python -m lit_rl.benchmarks.gpu_check [NAMES]`` needs torch, tensordict and the trunks, nothing else. A name
-is that of a registered trunk, or a class, ``pkg.mod:Class``. For each trunk, and each value of its option
-`backend` if it has one:
+``python -m lit_rl.benchmarks.gpu_check [NAMES]`` needs torch, tensordict, numba and the trunks, nothing else.
+A name is that of a registered trunk, or a class, ``pkg.mod:Class``. For each trunk, and each value of its
+option `backend` if it has one:
 
 - the conformance kit on the GPU (resets, gradients, bfloat16 autocast, compilation, ...), its tolerances
   ten times those of the CPU, and values and gradients beside the CPU's in float64;

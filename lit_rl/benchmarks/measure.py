@@ -1,6 +1,6 @@
 """What the benchmarks of trunks share: which trunks there are, and what a pass of one costs.
 
-Imports torch, tensordict and trunks only, so that it runs where nothing else is installed.
+Imports torch, tensordict, numba and trunks only, so that it runs where nothing else is installed.
 
 Shapes: B rows, T time steps.
 """

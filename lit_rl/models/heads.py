@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.errors import UserError
 from lit_rl.models.encoder import one_line, orthogonal
 
@@ -127,7 +127,7 @@ class _CategoricalTerms(torch.autograd.Function):
         return log_p.gather(-1, index).squeeze(-1), entropy.squeeze(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlog_prob: Tensor, dentropy: Tensor) -> tuple[Tensor, None]:
         log_p, p, entropy, index = ctx.saved_tensors
         dlog_prob = dlog_prob.unsqueeze(-1)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.base import Trunk
 from lit_rl.trunks.linear_maps import linear
 
@@ -93,7 +93,7 @@ class _TanhLayers(torch.autograd.Function):
         return outputs[-1].view(*x_BTF.shape[:2], -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         n_layers = len(ctx.saved_tensors) // 2
         outputs, weights = ctx.saved_tensors[: n_layers + 1], ctx.saved_tensors[n_layers + 1 :]

@@ -1,10 +1,12 @@
 """LSTM and GRU with exact resets inside sequences.
 
 Both hold the torch module as `rnn`, so weights interchange with `nn.LSTM` and `nn.GRU`. Four ways lead to the
-same numbers: torch's cell where T = 1; on the CPU loops compiled by numba (see `lit_rl.trunks.compiled`);
-elsewhere torch's kernel for a whole layer, on rows stretched by a step for each reset (see
-`lit_rl.trunks.resets`) or, where no reset stands inside the sequence, as they are. That last way is also
-LSTM's on the CPU: oneDNN's kernel is as quick as the loops and runs on several cores.
+same numbers:
+
+- T = 1: torch's cell;
+- on the CPU, in float32 and float64: loops compiled by numba (`lit_rl.trunks.compiled`), on one core;
+- LSTM there, without a reset inside the sequence: torch's kernel, as quick and on several cores;
+- elsewhere: torch's kernel, on rows stretched by a step for each reset (`lit_rl.trunks.resets`).
 
 Shapes: B rows, T time steps, K stretched steps, F input features, D = d_model.
 """

@@ -1,9 +1,13 @@
 """What compiled loops share: small products against torch's, for sizes that do and do not come out even."""
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from lit_rl.trunks.compiled import arrays, can_be_compiled
+from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.jit import jit_in_order
 from lit_rl.trunks.compiled.products import (
     PART,
     add_inner_products,
@@ -23,8 +27,11 @@ def matrices(*shapes):
 def test_add_product(rows, inner, columns):
     out, left, right = matrices((rows, columns), (rows, inner), (inner, columns))
     expected = out + left @ right
-    add_product(*arrays(out, left, right))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    turned = left.T.contiguous()
+    for factor in (left, turned.T):  # as it lies and transposed
+        found = out.clone()
+        add_product(*arrays(found, factor, right))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
@@ -58,3 +65,42 @@ def test_only_floats_of_one_type_on_the_cpu_can_be_compiled():
     assert not can_be_compiled(single, double)
     assert not can_be_compiled(single.bfloat16())
     assert not can_be_compiled(single, torch.zeros(1, device="meta"))
+
+
+def test_exponential_is_exact_to_two_units_in_the_last_place():
+    @jit_in_order
+    def exponentials(x, y):
+        for i in range(y.shape[0]):
+            y[i] = exp(x[i])
+
+    x = np.linspace(-87, 88, 1_000_001, dtype=np.float32)
+    y = np.empty_like(x)
+    exponentials(x, y)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(y - exact) / exact).max() < 2 * np.finfo(np.float32).eps
+    beyond = np.array([-1e4, 1e4, np.nan], np.float32)
+    exponentials(beyond, y[:3])
+    assert 0 < y[0] < 1e-37
+    assert 1e38 < y[1] < np.inf
+    assert np.isnan(y[2])
+
+
+def test_loops_compile_where_nothing_can_be_kept(monkeypatch):
+    """As where neither the source's folder nor the user's cache can be written."""
+    compiled = numba.njit
+
+    def without_cache(*, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compiled(**options)
+
+    monkeypatch.setattr(numba, "njit", without_cache)
+
+    @jit_in_order
+    def double(x):
+        for i in range(x.shape[0]):
+            x[i] *= 2
+
+    x = np.ones(3)
+    double(x)
+    assert x.tolist() == [2, 2, 2]

@@ -21,6 +21,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(recurrent, "can_be_compiled", lambda *tensors: False)
     else:
         monkeypatch.setattr(LSTM, "has_quick_kernel", False)
+    return request.param
 
 
 def pair(trunk_class, torch_class, dtype=torch.float32):
@@ -143,14 +144,14 @@ def test_gru_by_hand():
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("trunk_class", [LSTM, GRU])
-def test_gates_are_exact_where_exponentials_overflow(trunk_class):
+def test_gates_stay_finite_where_exponentials_overflow(trunk_class):
     trunk = trunk_class(F, d_model=D)
     x_BTF = 1e30 * torch.randn(B, T, F)
     is_init_BT = torch.rand(B, T) < 0.2
     y_BTD, state = trunk(x_BTF, trunk.initial_state(B), is_init_BT)
     y_BTD.sum().backward()
     assert y_BTD.abs().max() <= 1
-    assert state["h"].isfinite().all()
+    assert all(memory.isfinite().all() for memory in state.values())
     assert all(parameter.grad.isfinite().all() for parameter in trunk.parameters())
 
 
@@ -166,7 +167,60 @@ def test_compiled_loops_pass_nan_on_but_not_across_a_reset(trunk_class):
     assert y_BTD[0, :5].isfinite().all()
     assert y_BTD[0, 9:].isfinite().all()
     assert y_BTD[1:].isfinite().all()
-    assert state["h"].isfinite().all()
+    assert all(memory.isfinite().all() for memory in state.values())
+
+
+@pytest.mark.parametrize(
+    ("trunk_class", "resets", "compiles"), [(LSTM, False, False), (LSTM, True, True), (GRU, False, True)]
+)
+def test_which_way_is_taken(trunk_class, resets, compiles, monkeypatch):
+    scanned = []
+    monkeypatch.setattr(
+        trunk_class, "scan", lambda self, x, memory, weights: scanned.append(x) or (x, memory)
+    )
+    trunk = trunk_class(D, d_model=D)
+    is_init_BT = torch.full((B, T), resets)
+    trunk(torch.randn(B, T, D), trunk.initial_state(B), is_init_BT)
+    assert (not scanned) == compiles
+
+
+@pytest.mark.parametrize("trunk_class", [LSTM, GRU])
+def test_transforms_of_functions_go_through_torch(trunk_class):
+    trunk = trunk_class(F, d_model=D)
+    x_BTF, is_init_BT = torch.randn(B, T, F), torch.zeros(B, T, dtype=torch.bool)
+    is_init_BT[:, 9] = True
+
+    def loss(parameters):
+        y, _ = torch.func.functional_call(trunk, parameters, (x_BTF, trunk.initial_state(B), is_init_BT))
+        return y.square().sum()
+
+    parameters = dict(trunk.named_parameters())
+    by_transform = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(by_transform[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trunk_class", [LSTM, GRU])
+def test_second_derivatives_are_refused_not_lost(trunk_class):
+    trunk = trunk_class(F, d_model=D)
+    x_BTF = torch.randn(B, T, F, requires_grad=True)
+    y, _ = trunk(x_BTF, trunk.initial_state(B), torch.ones(B, T, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x_BTF, create_graph=True)
+
+
+@pytest.mark.parametrize("trunk_class", [LSTM, GRU])
+def test_gradients_keep_their_type_where_backward_runs_under_autocast(trunk_class):
+    trunk = trunk_class(F, d_model=D)
+    x_BTF = torch.randn(B, T, F, requires_grad=True)
+    gradients = []
+    for autocast in (False, True):
+        y, _ = trunk(x_BTF, trunk.initial_state(B), torch.ones(B, T, dtype=torch.bool))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(y.sum(), [x_BTF, *trunk.parameters()]))
+    for plain, under_autocast in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, under_autocast, rtol=0, atol=0)
 
 
 def test_stretched_rows_by_hand():

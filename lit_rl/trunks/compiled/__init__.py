@@ -1,8 +1,8 @@
 """Loops over time compiled by numba, for the CPU: what they share, and those of LSTM and GRU.
 
 numba compiles on first use, some seconds a dtype, and keeps the result beside the source or in the user's
-cache. Importing it takes half a second, so this file does not, and whoever may do without it imports the
-others where they are needed.
+cache, if it may write there. To import it takes half a second; so this file does not, and the files beside it
+are imported where they are needed.
 
 A kept result is made anew when its own file changes, not when a file does from which it calls: after a change
 in `exp` or `products` delete the ``*.nbi`` beside all callers, or what is measured is the code of before.
@@ -16,9 +16,11 @@ from torch import Tensor
 
 
 def can_be_compiled(*tensors: Tensor) -> bool:
-    """Whether loops over these tensors can: on the CPU, all float32 or all float64, nothing traced."""
+    """Whether loops over these can be: tensors on the CPU, all float32 or all float64, nothing traced."""
     first = tensors[0].dtype
     if first not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
 

@@ -2,15 +2,12 @@
 
 A library call costs more than such a product. Four rows of the right factor are taken at a time, so that
 what is added to is loaded and stored a fourth as often. The innermost loops become vector instructions if
-they run over the length of the row that is written to; with one read off another array they stay scalar.
+they run over the length of the row that is written to; over the length of another array they stay scalar.
 """
 
 from __future__ import annotations
 
-import numba
-
-# The order of summation is free.
-jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+from lit_rl.trunks.compiled.jit import jit
 
 # Terms that are added up before they join a total: keeps rounding small where there are many.
 PART = 256
@@ -18,7 +15,7 @@ PART = 256
 
 @jit
 def add_product(out, left, right):  # type: ignore[no-untyped-def]
-    """``out += left @ right``; rows of `right` and `out` must lie whole in memory."""
+    """``out [I, Q] += left [I, K] @ right [K, Q]``; rows of `right` and `out` must lie whole in memory."""
     rows, inner = out.shape[0], right.shape[0]
     whole, pairs = inner - inner % 4, rows - rows % 2
     for k in range(0, whole, 4):
@@ -44,7 +41,7 @@ def add_product(out, left, right):  # type: ignore[no-untyped-def]
 
 @jit
 def add_inner_products(out, left, right):  # type: ignore[no-untyped-def]
-    """``out += left @ right.T``; rows of `left` and `right` must lie whole in memory."""
+    """``out [I, K] += left [I, Q] @ right [K, Q].T``; rows of both factors must lie whole in memory."""
     zero = out.dtype.type(0)
     rows = right.shape[0]
     whole = rows - rows % 4
@@ -71,7 +68,7 @@ def add_inner_products(out, left, right):  # type: ignore[no-untyped-def]
 
 @jit
 def add_outer_products(out, left, right, part):  # type: ignore[no-untyped-def]
-    """``out += left.T @ right``: a weight's gradient from many steps; `part` is room like `out`."""
+    """``out [I, Q] += left [N, I].T @ right [N, Q]``, over N steps; `part` is room like `out`."""
     zero = out.dtype.type(0)
     for start in range(0, right.shape[0], PART):
         now = slice(start, start + PART)

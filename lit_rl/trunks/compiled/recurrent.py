@@ -2,13 +2,14 @@
 
 What the inputs give to all gates is one product over all steps. The loop over time holds what is left: the
 memory's part of the gates and the gates themselves, all rows at once, with the memory cleared where a reset
-stands. Weights' gradients are again products over all steps.
+stands. Weights' gradients are again products over all steps. ``tanh(x) = 2 sigmoid(2x) - 1``, to the rounding
+of 1.
 
 Arrays, time first: into [T, B, G * D], the inputs' part of G gates; gates [T, B, G * D], what they come to;
-W [D, G * D], the memory's weights; h, c [B, D], the memory, before the first step at first and after the last
-in the end; h_in, c_in [T, B, D], the memory that each step finds; is_init [T, B]; y [T, B, D], h after each
-step. A name with `grad_` before it is the gradient of what the rest names; grad_h and grad_c come as those of
-the last memory and leave as those of the first.
+W [D, G * D], the memory's weights; h, c [B, D], on entry the memory before the first step, on return that
+after the last; h_in, c_in [T, B, D], the memory that each step finds; is_init [T, B]; y [T, B, D], h after
+each step. A name with `grad_` before it is the gradient of what the rest names; grad_h and grad_c are those
+of the last memory on entry, of the first on return.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.products import add_inner_products, add_outer_products, add_product, jit
+from lit_rl.trunks.compiled.jit import jit
+from lit_rl.trunks.compiled.products import add_inner_products, add_outer_products, add_product
 from lit_rl.trunks.linear_maps import linear
 
 
@@ -83,7 +85,7 @@ class _LSTM(torch.autograd.Function):
         return y, h, c
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, W, is_init, h_in, c_in, gates, tanh_c = ctx.saved_tensors
         grad_h, grad_c, grad_gates = _copy(grad_h), _copy(grad_c), torch.empty_like(gates)
@@ -91,7 +93,7 @@ class _LSTM(torch.autograd.Function):
             *arrays(W, is_init, c_in, gates, tanh_c, grad_y.contiguous(), grad_h, grad_c, grad_gates)
         )
         return (
-            linear(grad_gates, weight_ih.t()) if ctx.needs_input_grad[0] else None,
+            _input_gradient(grad_gates, weight_ih) if ctx.needs_input_grad[0] else None,
             grad_h,
             grad_c,
             _weight_gradient(x, grad_gates),
@@ -123,7 +125,7 @@ class _GRU(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, W, is_init, h_in, gates, recalled = ctx.saved_tensors
         grad_h, grad_into, grad_recalled = _copy(grad_h), torch.empty_like(gates), torch.empty_like(gates)
@@ -131,7 +133,7 @@ class _GRU(torch.autograd.Function):
             *arrays(W, is_init, h_in, gates, recalled, grad_y.contiguous(), grad_h, grad_into, grad_recalled)
         )
         return (
-            linear(grad_into, weight_ih.t()) if ctx.needs_input_grad[0] else None,
+            _input_gradient(grad_into, weight_ih) if ctx.needs_input_grad[0] else None,
             grad_h,
             _weight_gradient(x, grad_into),
             _weight_gradient(h_in, grad_recalled),
@@ -143,6 +145,11 @@ class _GRU(torch.autograd.Function):
 
 def _copy(memory_BD: Tensor) -> Tensor:
     return memory_BD.clone(memory_format=torch.contiguous_format)
+
+
+def _input_gradient(grad_TBG: Tensor, weight_GF: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):  # like the way forward
+        return linear(grad_TBG, weight_GF.t())
 
 
 def _weight_gradient(x_TBF: Tensor, grad_TBG: Tensor) -> Tensor:

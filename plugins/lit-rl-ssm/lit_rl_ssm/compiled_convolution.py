@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.jit import jit_in_order
 
 PART = 64
 
@@ -42,7 +42,7 @@ class _CompiledConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         window, weight, bias, is_init, before = ctx.saved_tensors
         grad_window, grad_weight, grad_bias = (torch.zeros_like(t) for t in (window, weight, bias))
@@ -54,7 +54,7 @@ class _CompiledConvolution(torch.autograd.Function):
         return grad_window, grad_weight, grad_bias, None
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@jit_in_order
 def _forward(window, weight, bias, is_init, before, y):  # type: ignore[no-untyped-def]
     rows, steps, channels = y.shape
     past = weight.shape[0] - 1
@@ -75,7 +75,7 @@ def _forward(window, weight, bias, is_init, before, y):  # type: ignore[no-untyp
                 y_t[d] = before_t[d] / (one + exp(-before_t[d]))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@jit_in_order
 def _backward(  # type: ignore[no-untyped-def]
     window, weight, is_init, before, grad_y, grad_window, grad_weight, grad_bias, part_weight, part_bias, g
 ):

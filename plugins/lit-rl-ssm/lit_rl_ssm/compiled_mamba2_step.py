@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.products import add_inner_products, jit
+from lit_rl.trunks.compiled.jit import jit
+from lit_rl.trunks.compiled.products import add_inner_products
 
 
 def compiled_mamba2_step(

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.products import jit
+from lit_rl.trunks.compiled.jit import jit
 
 PART = 64
 
@@ -51,7 +51,7 @@ class _CompiledNorm(torch.autograd.Function):
         return y_RD.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weight_D, scale_R = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x_RD), torch.zeros_like(weight_D)
@@ -70,7 +70,7 @@ class _CompiledGatedNorm(torch.autograd.Function):
         return y_RD.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, z_RD, weight_D, scale_R = ctx.saved_tensors
         grad_x, grad_z, grad_weight = (torch.zeros_like(t) for t in (x_RD, z_RD, weight_D))

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
+from lit_rl.trunks.compiled.jit import jit, jit_in_order
 
 CHUNK = 16
 
@@ -59,7 +59,7 @@ class _CompiledScan(torch.autograd.Function):
         return y_BTE, h_BNE.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y_BTE: Tensor, grad_h_BEN: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, is_init, marks = ctx.saved_tensors
         grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
@@ -75,7 +75,7 @@ class _CompiledScan(torch.autograd.Function):
 
 # "contract" lets a product and a sum become one instruction; order of summation is free only backward, where
 # B' and C' are sums over channels.
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@jit_in_order
 def _forward(u, dt, A, B, C, is_init, h, y, marks, x):  # type: ignore[no-untyped-def]
     rows, steps, channels = u.shape
     zero, one = u.dtype.type(0), u.dtype.type(1)
@@ -98,7 +98,7 @@ def _forward(u, dt, A, B, C, is_init, h, y, marks, x):  # type: ignore[no-untype
                     y_t[e] += h_e * C_n
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+@jit
 def _backward(  # type: ignore[no-untyped-def]
     u, dt, A, B, C, is_init, marks, grad_y, grad_h, grad_u, grad_dt, grad_A, grad_B, grad_C, h, decay, x, g_B
 ):

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import arrays
 from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.products import add_inner_products, add_product, jit
+from lit_rl.trunks.compiled.jit import jit
+from lit_rl.trunks.compiled.products import add_inner_products, add_product
 
 L = 16
 
@@ -71,7 +72,7 @@ class _CompiledSSD(torch.autograd.Function):
         return y_BTE, state_BNE.transpose(1, 2).contiguous()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor, grad_state_BEN: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, outer, marks = ctx.saved_tensors
         x, H = inputs[0], len(inputs[5])

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from lit_rl.autograd import first_order
 from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl_ssm.compiled_convolution import compiled_convolution
 from lit_rl_ssm.episodes import episode_numbers, may_reset_inside
@@ -107,7 +107,7 @@ class _Convolution(torch.autograd.Function):
         return y_BTD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         window_BSD, weight_WD, same_BPT1 = ctx.saved_tensors
         past, steps = weight_WD.shape[0] - 1, dy_BTD.shape[1]

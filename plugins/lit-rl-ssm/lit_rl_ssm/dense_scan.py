@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lit_rl.autograd import first_order
 
 
 @torch.compiler.disable  # tracing would unroll the loop over time
@@ -44,7 +45,7 @@ class _DenseScan(torch.autograd.Function):
         return h_TBN.transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_h_BTN: Tensor) -> tuple[Tensor | None, ...]:
         A_NN, before_TBN, is_kept_TB1 = ctx.saved_tensors
         with torch.autocast(A_NN.device.type, enabled=False):

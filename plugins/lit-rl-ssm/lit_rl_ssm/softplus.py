@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lit_rl.autograd import first_order
 
 FEW = 2048  # numbers up to which one slow operation takes less time than several quick ones
 
@@ -33,7 +34,7 @@ class _Softplus(torch.autograd.Function):
         return e.div_(e + 2).atanh_().mul_(2).add_(x.clamp_min(0))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return dy * x.sigmoid()

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from lit_rl.autograd import first_order
 from lit_rl_ssm.episodes import episode_numbers
 
 # Sums over segments of a chunk are a product with L^3 zeros and ones (`_spans`), small while chunks are.
@@ -195,7 +195,7 @@ class _SSD(torch.autograd.Function):
         return outer_KLHP + inner_KHLP.transpose(1, 2), state_BQN
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_KLHP: Tensor, dstate_BQN: Tensor) -> tuple[Tensor | None, ...]:
         (
             x_KLHP, x_KHLP, dt_KHL, B_KLN, C_KLN, same_KLL, end_KL, decay_KHLL, CB_KLL, W_KHLL, to_end_KHL,

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lit_rl.autograd import first_order
 
 CHUNK = 16
 
@@ -83,7 +84,7 @@ class _TorchScan(torch.autograd.Function):
         return y_BTE, h_BNE.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y_BTE: Tensor, grad_h_BEN: Tensor) -> tuple[Tensor | None, ...]:
         u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, is_init_BT, *marks = ctx.saved_tensors
         grad_u_BTE, grad_dt_BTE = torch.empty_like(u_BTE), torch.empty_like(dt_BTE)
