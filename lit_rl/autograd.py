@@ -21,9 +21,10 @@ def first_order(backward: Backward) -> Backward:
     @wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            name = type(ctx).__name__.strip("_").removesuffix("Backward")
             raise RuntimeError(
-                f"{type(ctx).__name__} has no second derivative, for which create_graph=True asks: "
-                "differentiate once, or take another trunk or loss"
+                f"{name} has no second derivative, for which create_graph=True asks: differentiate once, or "
+                "take another trunk or loss"
             )
         with torch.no_grad():
             return backward(ctx, *grads)

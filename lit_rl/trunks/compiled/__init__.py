@@ -5,7 +5,7 @@ cache, if it may write there. To import it takes half a second; so this file doe
 are imported where they are needed.
 
 A kept result is made anew when its own file changes, not when a file does from which it calls: after a change
-in `exp` or `products` delete the ``*.nbi`` beside all callers, or what is measured is the code of before.
+in `exp`, `jit` or `products` delete the ``*.nbi`` beside all callers, or what runs is the code of before.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 def can_be_compiled(*tensors: Tensor) -> bool:
     """Whether loops over these can be: tensors on the CPU, all float32 or all float64, nothing traced."""
     first = tensors[0].dtype
-    if first not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+    if first not in (torch.float32, torch.float64):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
 

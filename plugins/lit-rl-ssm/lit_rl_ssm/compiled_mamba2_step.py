@@ -1,11 +1,11 @@
-"""One step of a Mamba-2 layer compiled by numba, for acting: on the CPU, without gradient.
+"""One step of a Mamba-2 layer compiled by numba, for acting: on one core of the CPU, without gradient.
 
 The equations of `mamba2`, all in one call: with few rows each operation of its own costs more than its
 arithmetic.
 
 Arrays: x, y [B, D]; projected [B, 2 E + 2 N + H], of each row z, x, B, C and dt in turn; past, past_next
 [B, W - 1, E + 2 N], the convolution's last inputs; taps [W, E + 2 N]; h, h_next [B, H, P, N]; is_init [B];
-the rest are a layer's parameters.
+room for one row's newest and mixed [E + 2 N], B and C [N], and for gated [B, E]; the rest are parameters.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def compiled_mamba2_step(
         out_proj: ``[D, E]``.
         eps: of the norm.
     """
-    inputs = (x_BD, in_proj, state["conv"].transpose(1, 2), taps_CW.t(), taps_bias_C, dt_bias_H, A_log_H, D_H)
-    inputs = (*inputs, norm_E, out_proj, state["ssm"], is_init_B)
-    inputs = tuple(tensor.contiguous() for tensor in inputs)
-    past_BWC, h_BHPN = inputs[2], inputs[-2]
-    past_next_BWC, h_next_BHPN = past_BWC.new_empty(past_BWC.shape), h_BHPN.new_empty(h_BHPN.shape)
-    y_BD, projected = x_BD.new_zeros(len(x_BD), len(out_proj)), x_BD.new_zeros(len(x_BD), len(in_proj))
-    C, N = len(taps_bias_C), h_BHPN.shape[3]
-    room = [x_BD.new_empty(size) for size in ((C,), (C,), (N,), (N,), (len(x_BD), len(norm_E)))]
-    _step(*arrays(*inputs, past_next_BWC, h_next_BHPN, y_BD, projected, *room), eps)
-    return y_BD, {"conv": past_next_BWC.transpose(1, 2), "ssm": h_next_BHPN}
+    past_BPC, h_BHPN = state["conv"].transpose(1, 2).contiguous(), state["ssm"].contiguous()
+    inputs = (x_BD, in_proj, past_BPC, taps_CW.t(), taps_bias_C, dt_bias_H, A_log_H, D_H, norm_E, out_proj)
+    inputs = tuple(tensor.contiguous() for tensor in (*inputs, h_BHPN, is_init_B))
+    past_next_BPC, h_next_BHPN = past_BPC.new_empty(past_BPC.shape), h_BHPN.new_empty(h_BHPN.shape)
+    rows, taps, d_state = len(x_BD), len(taps_bias_C), h_BHPN.shape[3]
+    y_BD, projected = x_BD.new_zeros(rows, len(out_proj)), x_BD.new_zeros(rows, len(in_proj))
+    sizes = ((taps,), (taps,), (d_state,), (d_state,), (rows, len(norm_E)))
+    room = [x_BD.new_empty(size) for size in sizes]
+    _step(*arrays(*inputs, past_next_BPC, h_next_BHPN, y_BD, projected, *room), eps)
+    return y_BD, {"conv": past_next_BPC.transpose(1, 2), "ssm": h_next_BHPN}
 
 
 @jit

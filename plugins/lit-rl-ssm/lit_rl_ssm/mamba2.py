@@ -117,6 +117,9 @@ class Mamba2Mixer(nn.Module):
         return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
 
     def _acts_compiled(self, x_BTD: Tensor, state: dict[str, Tensor]) -> bool:
+        """Whether one call may do the step: it reads the projections' weights and calls no module or hook."""
+        if any(type(projection) is not Linear for projection in (self.in_proj, self.out_proj)):
+            return False
         if not self.compiled or x_BTD.shape[1] != 1 or torch.is_grad_enabled():
             return False
         if torch.is_autocast_enabled(x_BTD.device.type):

@@ -15,6 +15,7 @@ from lit_rl.testing import TrunkConformance
 from lit_rl.testing.trunk_checks.contract import check_reset_starts_afresh
 from lit_rl.testing.trunk_checks.platforms import check_compile
 from lit_rl.testing.trunk_checks.runs import Subject
+from lit_rl.trunks import Linear
 
 torch.set_num_threads(1)
 
@@ -139,6 +140,21 @@ def test_acting_equals_the_recurrence(backend, options):
     assert_near(torch.cat(outputs, dim=1), expected, 1e-10, "y")
     for name, reference in last.items():
         assert_near(state[name], reference, 1e-10, name)
+
+
+def test_a_projection_that_is_more_than_its_weight_is_called_when_acting():
+    """As an adapter around it is: one compiled call would read the weight alone."""
+
+    class Doubled(Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    mixer, x_BTD, state, is_init_BT = mixer_and_inputs(1, 0.0)
+    mixer.out_proj.__class__ = Doubled
+    expected, _ = mixer(x_BTD, state, is_init_BT)
+    with torch.no_grad():
+        found, _ = mixer(x_BTD, state, is_init_BT)
+    assert_near(found, expected.detach(), 1e-10, "y")
 
 
 @pytest.mark.parametrize("numbers", [1, 3 * 16 * 7, 3 * 16 * 37])
