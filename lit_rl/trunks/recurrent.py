@@ -111,9 +111,8 @@ class Recurrent(Trunk):
         if is_init.shape[1] == 1:  # acting: the cell costs less than half of what is made for sequences
             return None, self._step
         has_inner_resets = bool(is_init[:, 1:].any())
-        if can_be_compiled(x_BTF, *entering, *self.parameters()) and (
-            has_inner_resets or not self.has_quick_kernel
-        ):
+        prefers_loops = has_inner_resets or not self.has_quick_kernel
+        if prefers_loops and can_be_compiled(x_BTF, *entering, *self.parameters()):
             return None, partial(self.compiled_scan, is_init_BT=is_init)
         if not has_inner_resets:
             return None, self.scan
