@@ -10,9 +10,13 @@ in `exp`, `jit` or `products` delete the ``*.nbi`` beside all callers, or what r
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]  # of one float type or bool, as a loop is given it
 
 
 def can_be_compiled(*tensors: Tensor) -> bool:
@@ -25,6 +29,6 @@ def can_be_compiled(*tensors: Tensor) -> bool:
     return all(tensor.is_cpu and tensor.dtype == first for tensor in tensors)
 
 
-def arrays(*tensors: Tensor) -> list[np.ndarray]:
+def arrays(*tensors: Tensor) -> list[Array]:
     """Numpy's view of tensors on the CPU."""
     return [tensor.detach().numpy() for tensor in tensors]

@@ -7,6 +7,7 @@ they run over the length of the row that is written to; over the length of anoth
 
 from __future__ import annotations
 
+from lit_rl.trunks.compiled import Array
 from lit_rl.trunks.compiled.jit import jit
 
 # Terms that are added up before they join a total: keeps rounding small where there are many.
@@ -14,7 +15,7 @@ PART = 256
 
 
 @jit
-def add_product(out, left, right):  # type: ignore[no-untyped-def]
+def add_product(out: Array, left: Array, right: Array) -> None:
     """``out [I, Q] += left [I, K] @ right [K, Q]``; rows of `right` and `out` must lie whole in memory."""
     rows, inner = out.shape[0], right.shape[0]
     whole, pairs = inner - inner % 4, rows - rows % 2
@@ -40,7 +41,7 @@ def add_product(out, left, right):  # type: ignore[no-untyped-def]
 
 
 @jit
-def add_inner_products(out, left, right):  # type: ignore[no-untyped-def]
+def add_inner_products(out: Array, left: Array, right: Array) -> None:
     """``out [I, K] += left [I, Q] @ right [K, Q].T``; rows of both factors must lie whole in memory."""
     zero = out.dtype.type(0)
     rows = right.shape[0]
@@ -67,7 +68,7 @@ def add_inner_products(out, left, right):  # type: ignore[no-untyped-def]
 
 
 @jit
-def add_outer_products(out, left, right, part):  # type: ignore[no-untyped-def]
+def add_outer_products(out: Array, left: Array, right: Array, part: Array) -> None:
     """``out [I, Q] += left [N, I].T @ right [N, Q]``, over N steps; `part` is room like `out`."""
     zero = out.dtype.type(0)
     for start in range(0, right.shape[0], PART):

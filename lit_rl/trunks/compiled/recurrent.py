@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit
 from lit_rl.trunks.compiled.products import add_inner_products, add_outer_products, add_product
@@ -165,14 +165,25 @@ def _weight_gradient(x_TBF: Tensor, grad_TBG: Tensor) -> Tensor:
 
 
 @jit
-def _clear(row):  # type: ignore[no-untyped-def]
+def _clear(row: Array) -> None:
     zero = row.dtype.type(0)
     for d in range(row.shape[0]):
         row[d] = zero
 
 
 @jit
-def _lstm_forward(into, W, is_init, h, c, h_in, c_in, gates, tanh_c, y):  # type: ignore[no-untyped-def]
+def _lstm_forward(
+    into: Array,
+    W: Array,
+    is_init: Array,
+    h: Array,
+    c: Array,
+    h_in: Array,
+    c_in: Array,
+    gates: Array,
+    tanh_c: Array,
+    y: Array,
+) -> None:
     steps, rows, _ = y.shape
     one, two = y.dtype.type(1), y.dtype.type(2)
     for t in range(steps):
@@ -209,9 +220,17 @@ def _lstm_forward(into, W, is_init, h, c, h_in, c_in, gates, tanh_c, y):  # type
 
 
 @jit
-def _lstm_backward(  # type: ignore[no-untyped-def]
-    W, is_init, c_in, gates, tanh_c, grad_y, grad_h, grad_c, grad_gates
-):
+def _lstm_backward(
+    W: Array,
+    is_init: Array,
+    c_in: Array,
+    gates: Array,
+    tanh_c: Array,
+    grad_y: Array,
+    grad_h: Array,
+    grad_c: Array,
+    grad_gates: Array,
+) -> None:
     steps, rows, _ = c_in.shape
     one = W.dtype.type(1)
     for t in range(steps - 1, -1, -1):
@@ -242,7 +261,17 @@ def _lstm_backward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gru_forward(into, W, bias, is_init, h, h_in, gates, recalled, y):  # type: ignore[no-untyped-def]
+def _gru_forward(
+    into: Array,
+    W: Array,
+    bias: Array,
+    is_init: Array,
+    h: Array,
+    h_in: Array,
+    gates: Array,
+    recalled: Array,
+    y: Array,
+) -> None:
     """`recalled` [T, B, D] keeps the memory's part of n, before the gate r is put to it."""
     steps, rows, _ = y.shape
     one, two = y.dtype.type(1), y.dtype.type(2)
@@ -280,9 +309,17 @@ def _gru_forward(into, W, bias, is_init, h, h_in, gates, recalled, y):  # type: 
 
 
 @jit
-def _gru_backward(  # type: ignore[no-untyped-def]
-    W, is_init, h_in, gates, recalled, grad_y, grad_h, grad_into, grad_recalled
-):
+def _gru_backward(
+    W: Array,
+    is_init: Array,
+    h_in: Array,
+    gates: Array,
+    recalled: Array,
+    grad_y: Array,
+    grad_h: Array,
+    grad_into: Array,
+    grad_recalled: Array,
+) -> None:
     """`grad_recalled` [T, B, 3 * D] is of the memory's part of all gates."""
     steps, rows, _ = h_in.shape
     one = W.dtype.type(1)
