@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit_in_order
 
@@ -55,7 +55,7 @@ class _CompiledConvolution(torch.autograd.Function):
 
 
 @jit_in_order
-def _forward(window, weight, bias, is_init, before, y):  # type: ignore[no-untyped-def]
+def _forward(window: Array, weight: Array, bias: Array, is_init: Array, before: Array, y: Array) -> None:
     rows, steps, channels = y.shape
     past = weight.shape[0] - 1
     one = y.dtype.type(1)
@@ -76,9 +76,19 @@ def _forward(window, weight, bias, is_init, before, y):  # type: ignore[no-untyp
 
 
 @jit_in_order
-def _backward(  # type: ignore[no-untyped-def]
-    window, weight, is_init, before, grad_y, grad_window, grad_weight, grad_bias, part_weight, part_bias, g
-):
+def _backward(
+    window: Array,
+    weight: Array,
+    is_init: Array,
+    before: Array,
+    grad_y: Array,
+    grad_window: Array,
+    grad_weight: Array,
+    grad_bias: Array,
+    part_weight: Array,
+    part_bias: Array,
+    g: Array,
+) -> None:
     rows, steps, channels = grad_y.shape
     past = weight.shape[0] - 1
     zero, one = grad_y.dtype.type(0), grad_y.dtype.type(1)

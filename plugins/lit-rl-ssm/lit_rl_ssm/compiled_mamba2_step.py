@@ -15,7 +15,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit
 from lit_rl.trunks.compiled.products import add_inner_products
@@ -65,10 +65,30 @@ def compiled_mamba2_step(
 
 
 @jit
-def _step(  # type: ignore[no-untyped-def]
-    x, in_proj, past, taps, taps_bias, dt_bias, A_log, skip, norm, out_proj, h, is_init,
-    past_next, h_next, y, projected, newest, mixed, B, C, gated, eps,
-):  # fmt: skip
+def _step(
+    x: Array,
+    in_proj: Array,
+    past: Array,
+    taps: Array,
+    taps_bias: Array,
+    dt_bias: Array,
+    A_log: Array,
+    skip: Array,
+    norm: Array,
+    out_proj: Array,
+    h: Array,
+    is_init: Array,
+    past_next: Array,
+    h_next: Array,
+    y: Array,
+    projected: Array,
+    newest: Array,
+    mixed: Array,
+    B: Array,
+    C: Array,
+    gated: Array,
+    eps: float,
+) -> None:
     """Of one row `newest` and `mixed` [E + 2 N] stand before and behind the convolution; gated [B, E]."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
     rows, heads, headdim, d_state = h.shape

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit
 
@@ -81,7 +81,7 @@ class _CompiledGatedNorm(torch.autograd.Function):
 
 
 @jit
-def _forward(x, weight, scale, y, eps):  # type: ignore[no-untyped-def]
+def _forward(x: Array, weight: Array, scale: Array, y: Array, eps: float) -> None:
     rows, channels = x.shape
     for r in range(rows):
         x_r, y_r = x[r], y[r]
@@ -95,7 +95,9 @@ def _forward(x, weight, scale, y, eps):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward(x, weight, scale, grad_y, grad_x, grad_weight, part):  # type: ignore[no-untyped-def]
+def _backward(
+    x: Array, weight: Array, scale: Array, grad_y: Array, grad_x: Array, grad_weight: Array, part: Array
+) -> None:
     rows, channels = x.shape
     zero = x.dtype.type(0)
     for start in range(0, rows, PART):
@@ -115,7 +117,7 @@ def _backward(x, weight, scale, grad_y, grad_x, grad_weight, part):  # type: ign
 
 
 @jit
-def _gated_forward(x, z, weight, scale, y, eps):  # type: ignore[no-untyped-def]
+def _gated_forward(x: Array, z: Array, weight: Array, scale: Array, y: Array, eps: float) -> None:
     rows, channels = x.shape
     one = x.dtype.type(1)
     for r in range(rows):
@@ -132,9 +134,19 @@ def _gated_forward(x, z, weight, scale, y, eps):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gated_backward(  # type: ignore[no-untyped-def]
-    x, z, weight, scale, grad_y, grad_x, grad_z, grad_weight, part, gate, g
-):
+def _gated_backward(
+    x: Array,
+    z: Array,
+    weight: Array,
+    scale: Array,
+    grad_y: Array,
+    grad_x: Array,
+    grad_z: Array,
+    grad_weight: Array,
+    part: Array,
+    gate: Array,
+    g: Array,
+) -> None:
     rows, channels = x.shape
     zero, one = x.dtype.type(0), x.dtype.type(1)
     for start in range(0, rows, PART):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit, jit_in_order
 
@@ -76,7 +76,18 @@ class _CompiledScan(torch.autograd.Function):
 # "contract" lets a product and a sum become one instruction; order of summation is free only backward, where
 # B' and C' are sums over channels.
 @jit_in_order
-def _forward(u, dt, A, B, C, is_init, h, y, marks, x):  # type: ignore[no-untyped-def]
+def _forward(
+    u: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    is_init: Array,
+    h: Array,
+    y: Array,
+    marks: Array,
+    x: Array,
+) -> None:
     rows, steps, channels = u.shape
     zero, one = u.dtype.type(0), u.dtype.type(1)
     for b in range(rows):
@@ -99,9 +110,26 @@ def _forward(u, dt, A, B, C, is_init, h, y, marks, x):  # type: ignore[no-untype
 
 
 @jit
-def _backward(  # type: ignore[no-untyped-def]
-    u, dt, A, B, C, is_init, marks, grad_y, grad_h, grad_u, grad_dt, grad_A, grad_B, grad_C, h, decay, x, g_B
-):
+def _backward(
+    u: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    is_init: Array,
+    marks: Array,
+    grad_y: Array,
+    grad_h: Array,
+    grad_u: Array,
+    grad_dt: Array,
+    grad_A: Array,
+    grad_B: Array,
+    grad_C: Array,
+    h: Array,
+    decay: Array,
+    x: Array,
+    g_B: Array,
+) -> None:
     """`grad_h` comes as the gradient of the last state and leaves as that of the first."""
     rows, steps, channels = u.shape
     zero, one = u.dtype.type(0), u.dtype.type(1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import arrays
+from lit_rl.trunks.compiled import Array, arrays
 from lit_rl.trunks.compiled.exp import exp
 from lit_rl.trunks.compiled.jit import jit
 from lit_rl.trunks.compiled.products import add_inner_products, add_product
@@ -86,7 +86,7 @@ class _CompiledSSD(torch.autograd.Function):
 
 
 @jit
-def _carry(state, kept, left, right):  # type: ignore[no-untyped-def]
+def _carry(state: Array, kept: Array, left: Array, right: Array) -> None:
     """``state = state * kept + left @ right``, few rows of the state at a time, which stay in the cache."""
     for start in range(0, state.shape[0], 8):
         rows = slice(start, start + 8)
@@ -99,7 +99,18 @@ def _carry(state, kept, left, right):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _prepare(x, dt, a, B, C, is_init, decay, start, CB, written):  # type: ignore[no-untyped-def]
+def _prepare(
+    x: Array,
+    dt: Array,
+    a: Array,
+    B: Array,
+    C: Array,
+    is_init: Array,
+    decay: Array,
+    start: Array,
+    CB: Array,
+    written: Array,
+) -> None:
     """Fill the last four from a chunk's steps."""
     size, heads = a.shape
     headdim = x.shape[1] // heads
@@ -122,9 +133,27 @@ def _prepare(x, dt, a, B, C, is_init, decay, start, CB, written):  # type: ignor
 
 
 @jit
-def _forward(  # type: ignore[no-untyped-def]
-    x, dt, a, B, C, D, is_init, h, y, outer, marks, decay, start, CB, written, kept, W, x_j, y_j
-):
+def _forward(
+    x: Array,
+    dt: Array,
+    a: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    is_init: Array,
+    h: Array,
+    y: Array,
+    outer: Array,
+    marks: Array,
+    decay: Array,
+    start: Array,
+    CB: Array,
+    written: Array,
+    kept: Array,
+    W: Array,
+    x_j: Array,
+    y_j: Array,
+) -> None:
     rows, steps, channels = x.shape
     heads = D.shape[0]
     headdim = channels // heads
@@ -161,12 +190,41 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward(  # type: ignore[no-untyped-def]
-    x, dt, a, B, C, D, is_init, outer, marks, grad_y, grad_h,
-    grad_x, grad_dt, grad_a, grad_B, grad_C, grad_D,
-    decay, start, CB, W, grad_CB, grad_W, written, grad_read, grad_written, kept, grad_kept,
-    x_j, y_j, grad_x_j, grad_end, grad_start,
-):  # fmt: skip
+def _backward(
+    x: Array,
+    dt: Array,
+    a: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    is_init: Array,
+    outer: Array,
+    marks: Array,
+    grad_y: Array,
+    grad_h: Array,
+    grad_x: Array,
+    grad_dt: Array,
+    grad_a: Array,
+    grad_B: Array,
+    grad_C: Array,
+    grad_D: Array,
+    decay: Array,
+    start: Array,
+    CB: Array,
+    W: Array,
+    grad_CB: Array,
+    grad_W: Array,
+    written: Array,
+    grad_read: Array,
+    grad_written: Array,
+    kept: Array,
+    grad_kept: Array,
+    x_j: Array,
+    y_j: Array,
+    grad_x_j: Array,
+    grad_end: Array,
+    grad_start: Array,
+) -> None:
     """`grad_h` comes as the gradient of the last state and leaves as that of the first."""
     rows, steps, channels = x.shape
     heads = D.shape[0]
@@ -210,11 +268,34 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_inside(  # type: ignore[no-untyped-def]
-    x, dt, B, C, D, outer, grad_y, grad_written, grad_kept,
-    grad_x, grad_dt, grad_a, grad_B, grad_C, grad_D,
-    decay, start, CB, W, grad_CB, grad_W, x_j, y_j, grad_x_j, grad_end, grad_start,
-):  # fmt: skip
+def _backward_inside(
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    outer: Array,
+    grad_y: Array,
+    grad_written: Array,
+    grad_kept: Array,
+    grad_x: Array,
+    grad_dt: Array,
+    grad_a: Array,
+    grad_B: Array,
+    grad_C: Array,
+    grad_D: Array,
+    decay: Array,
+    start: Array,
+    CB: Array,
+    W: Array,
+    grad_CB: Array,
+    grad_W: Array,
+    x_j: Array,
+    y_j: Array,
+    grad_x_j: Array,
+    grad_end: Array,
+    grad_start: Array,
+) -> None:
     """The steps of one chunk among themselves, and what `grad_written` and `grad_kept` say of them."""
     size, headdim = x_j.shape
     last = size - 1
