@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from lit_rl import keys
 from lit_rl.collectors.base import Arrays, EnvCollector, observation_buffer, to_tensor
 from lit_rl.envs.vector import map_leaves
 from lit_rl.errors import UserError
-from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.models.actor_critic import Action, ActorCritic
+from lit_rl.models.fused import FusedActorCritic, fused
 
 
 class RolloutCollector(EnvCollector):
@@ -72,6 +74,7 @@ class RolloutCollector(EnvCollector):
             raise UserError(
                 f"sequence_length {self.sequence_length} does not divide the rollout_length {self.num_steps}"
             )
+        self._fused: FusedActorCritic | None = None  # of this rollout
         self._allocate()
 
     def _allocate(self) -> None:
@@ -106,19 +109,14 @@ class RolloutCollector(EnvCollector):
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
             noises = self.policy.policy.noise(T, E, generator=self.generator).unbind()
+            self._fused = fused(self.policy)
             for t in range(T):
                 if t % self.sequence_length == 0:
                     states.append(self._state)
                 self._bool[keys.IS_INIT][:, t] = self._is_init
                 self._store(self._observation, self._current, t)
 
-                step = self.policy.act(
-                    to_tensor(self._current, self.device),
-                    self._state,
-                    torch.from_numpy(self._is_init).to(self.device),
-                    with_value=not values_can_wait,
-                    noise=noises[t],
-                )
+                step = self._act(noises[t])
                 self._state = step.state
                 action = step.action.cpu().numpy()
                 self._action[:, t] = action  # now: an environment may change what it gets
@@ -126,8 +124,9 @@ class RolloutCollector(EnvCollector):
                 if step.value is not None:
                     value[:, t] = step.value.cpu().numpy()
 
+                to_env = self.policy.to_env(step.action)
                 reward, terminated, truncated, info = self._step_env(
-                    self.policy.to_env(step.action).cpu().numpy(), t
+                    action if to_env is step.action else to_env.cpu().numpy(), t
                 )
                 rewards[:, t], terminated_at[:, t], truncated_at[:, t] = reward, terminated, truncated
                 if info:
@@ -158,7 +157,21 @@ class RolloutCollector(EnvCollector):
         self._frames += E * T
         return self._assemble(states)
 
+    def _act(self, noise: Tensor) -> Action:
+        if self._fused is not None:
+            params = self._fused.policy(cast(np.ndarray, self._current))
+            return Action(self.policy.policy.choose(params, noise), params, None, self._state)
+        return self.policy.act(
+            to_tensor(self._current, self.device),
+            self._state,
+            torch.from_numpy(self._is_init).to(self.device),
+            with_value=not self.policy.values_can_wait,
+            noise=noise,
+        )
+
     def _value(self, observation: Arrays, state: TensorDict, is_init: np.ndarray) -> np.ndarray:
+        if self._fused is not None:
+            return self._fused.value(cast(np.ndarray, observation)).numpy()[:, 0]
         reset = torch.from_numpy(is_init).to(self.device)
         return self.policy.value(to_tensor(observation, self.device), state, reset).cpu().numpy()
 

@@ -14,7 +14,7 @@ from lit_rl.algorithms import LitPPO
 from lit_rl.benchmarks.measure import Contender, contenders
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
-from lit_rl.trunks import GRU
+from lit_rl.trunks import GRU, MLP
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ ENVS = {
 }
 
 
-def three_rollouts(env: EnvConfig, contender: Contender) -> Records:
+def three_rollouts(env: EnvConfig, contender: Contender, **options: str) -> Records:
     """What PPO logs; one minibatch a rollout, so that all of it is of the first."""
     torch.manual_seed(0)
     model = LitPPO(
@@ -37,6 +37,7 @@ def three_rollouts(env: EnvConfig, contender: Contender) -> Records:
         num_minibatches=1,
         lr=1e-2,
         normalize_observation=True,
+        **options,
     )
     sharpen(model.agent)
     data = RolloutDataModule(env, rollout_length=ROLLOUT, sequence_length=ROLLOUT // 2)
@@ -55,6 +56,13 @@ def test_first_ratio_is_one(trunk: Contender, env: EnvConfig) -> None:
     assert max(map(abs, kl)) <= 1e-6
     assert all(length <= env.time_limit for length in records.series("episode/length"))
     assert len(records.series("episode/length")) == 3  # resets inside every rollout
+
+
+@pytest.mark.parametrize("env", ENVS.values(), ids=ENVS)
+def test_first_ratio_is_one_where_acting_is_one_call(env: EnvConfig) -> None:
+    """The fused policy acts with the weights of its rollout."""
+    records = three_rollouts(env, Contender("mlp", MLP, {"d_model": 16}), value_trunk="separate")
+    assert max(records.series("train/first_ratio_deviation")) <= 1e-5
 
 
 class IgnoresResets(GRU):

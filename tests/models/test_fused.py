@@ -1,0 +1,142 @@
+"""Perceptrons as one call against the same networks in torch: numbers, who may be fused, whose weights."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.models.fused import fused
+from lit_rl.trunks import GRU, MLP
+
+BOX = spaces.Box(-1, 1, (3,))
+ACTIONS = {
+    "discrete": spaces.Discrete(3, start=1),
+    "multidiscrete": spaces.MultiDiscrete([2, 3]),
+    "continuous": spaces.Box(-2, 2, (2,)),
+}
+
+
+def make(
+    observation=BOX, action=ACTIONS["discrete"], trunk=MLP, trunk_options=None, **options
+) -> ActorCritic:
+    torch.manual_seed(0)
+    options = {"value_trunk": "separate"} | options
+    agent = ActorCritic(
+        observation, action, lambda F: trunk(F, **(trunk_options or {"d_model": 8})), **options
+    )
+    with torch.no_grad():
+        for parameter in agent.parameters():  # biases and heads too are clearly not zero
+            parameter.copy_(torch.randn(parameter.shape) * 0.6)
+    return agent
+
+
+def in_torch(agent: ActorCritic, observation: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.from_numpy(observation).unsqueeze(1)
+    with torch.no_grad():
+        params, value, _ = agent(x, agent.initial_state(len(x)), torch.zeros(len(x), 1, dtype=torch.bool))
+    return params[:, 0], value
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("n_layers", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_policy_and_value_are_those_of_torch(rows, n_layers, activation, action, normalized) -> None:
+    shape = {"d_model": 19, "n_layers": n_layers, "activation": activation}
+    agent = make(action=action, trunk_options=shape, normalize_observation=normalized)
+    agent.update_normalization(3 * torch.randn(50, 1, 3) + 2)
+    observation = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
+    networks = fused(agent)
+    assert networks is not None
+    params, value = in_torch(agent, observation)
+    torch.testing.assert_close(networks.policy(observation), params, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(networks.value(observation), value, atol=2e-5, rtol=1e-5)
+
+
+def test_by_hand() -> None:
+    """relu(2 x1 - x3 + 0.5), relu(x2 - 1); logits 1 h1 - h2, 3 h2 + 2; value h1 + 10 of the same layer."""
+    agent = make(action=spaces.Discrete(2), trunk_options={"d_model": 2, "n_layers": 1, "activation": "relu"})
+    with torch.no_grad():
+        for trunk in agent.trunks():
+            trunk.layers[0].weight.copy_(torch.tensor([[2.0, 0, -1], [0, 1, 0]]))
+            trunk.layers[0].bias.copy_(torch.tensor([0.5, -1]))
+        agent.policy.logits.weight.copy_(torch.tensor([[1.0, -1], [0, 3]]))
+        agent.policy.logits.bias.copy_(torch.tensor([0.0, 2]))
+        agent.value_head.weight.copy_(torch.tensor([[1.0, 0]]))
+        agent.value_head.bias.fill_(10)
+    networks = fused(agent)
+    assert networks is not None
+    x = np.array([[1, 3, 0.5], [0, 0, 4]], np.float32)  # hidden: 2, 2 and 0, 0
+    assert networks.policy(x).tolist() == [[0, 8], [0, 2]]
+    assert networks.value(x).tolist() == [[12], [10]]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_observations_of_other_numbers(dtype: type) -> None:
+    agent = make(spaces.Box(-9, 9, (3,), dtype))
+    networks = fused(agent)
+    assert networks is not None
+    observation = np.arange(-6, 6).reshape(4, 3).astype(dtype)
+    torch.testing.assert_close(networks.policy(observation), in_torch(agent, observation)[0])
+
+
+def hooked() -> ActorCritic:
+    agent = make()
+    agent.trunk.layers[0].register_forward_hook(lambda *_: None)
+    return agent
+
+
+def half_swapped() -> ActorCritic:
+    agent = make()
+    agent.value_head = nn.Sequential(agent.value_head)
+    return agent
+
+
+class Doubled(MLP):
+    def forward(self, x, state, is_init):
+        y, state = super().forward(x, state, is_init)
+        return 2 * y, state
+
+
+OTHERS = {
+    "shared": lambda: make(value_trunk="shared"),
+    "recurrent": lambda: make(trunk=GRU),
+    "subclass": lambda: make(trunk=Doubled),
+    "silu": lambda: make(trunk_options={"activation": "silu"}),
+    "encoder": lambda: make(encoder_width=4),
+    "matrix": lambda: make(spaces.Box(-1, 1, (3, 2))),
+    "dict": lambda: make(spaces.Dict({"a": BOX})),
+    "one-hot": lambda: make(spaces.Discrete(3)),
+    "float64": lambda: make().double(),
+    "hook": hooked,
+    "head": half_swapped,
+}
+
+
+@pytest.mark.parametrize("agent", OTHERS.values(), ids=OTHERS)
+def test_others_are_left_to_torch(agent) -> None:
+    assert fused(agent()) is None
+
+
+def test_autocast_is_left_to_torch() -> None:
+    agent = make()
+    assert fused(agent) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(agent) is None
+
+
+def test_weights_are_those_of_its_making() -> None:
+    agent, x = make(), np.ones((2, 3), np.float32)
+    before = fused(agent)
+    was, _ = in_torch(agent, x)
+    with torch.no_grad():
+        agent.trunk.layers[0].weight.add_(1)
+    after = fused(agent)
+    assert before is not None
+    assert after is not None
+    torch.testing.assert_close(before.policy(x), was)
+    torch.testing.assert_close(after.policy(x), in_torch(agent, x)[0])
+    assert (after.policy(x) - was).abs().max() > 1e-2
