@@ -17,7 +17,7 @@ from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
 from lit_rl.trunks import MLP, Trunk
-from lit_rl.trunks.compiled import Array, can_be_compiled
+from lit_rl.trunks.compiled import Array, arrays, can_be_compiled
 
 
 class FusedNetwork:
@@ -30,28 +30,24 @@ class FusedNetwork:
     """
 
     def __init__(self, agent: ActorCritic, trunk: MLP, head: nn.Linear) -> None:
-        from lit_rl.trunks.compiled.layers import layers_then_head
+        from lit_rl.trunks.compiled.perceptron import IDENTITY, RELU, TANH, layer_of
 
-        self._call = layers_then_head
+        self._layer_of = layer_of
         self._normalize = agent._normalize if agent.normalized else None
-        self._is_tanh = trunk.activation is torch.tanh
-        layers = cast(list[nn.Linear], list(trunk.layers))
-        first_FD, *inner = [layer.weight.t() for layer in layers]
-        inner_LDD = torch.stack(inner) if inner else first_FD[:0, None]
-        bias_LD = torch.stack([layer.bias for layer in layers])
-        # Copied into the order that the loops want.
-        self._weights = [_copy(t) for t in (first_FD, inner_LDD, bias_LD, head.weight, head.bias)]
+        code = TANH if trunk.activation is torch.tanh else RELU
+        self._layers: list[tuple[Array, Array, int]] = []
+        for layer in (*cast(list[nn.Linear], list(trunk.layers)), head):
+            weight, bias = arrays(layer.weight.contiguous(), layer.bias)
+            self._layers.append((weight, bias, IDENTITY if layer is head else code))
 
     def __call__(self, observation: np.ndarray) -> Tensor:
         """What the head gives ``[N, P]`` for observations ``[N, F]``."""
         if self._normalize is not None:
             observation = self._normalize(torch.from_numpy(observation)).numpy()
-        (layers, width), N = self._weights[2].shape, len(observation)
-        room_LND = np.empty((layers, N, width), np.float32)
-        y_NP = np.empty((N, len(self._weights[4])), np.float32)
-        x_NF = np.ascontiguousarray(observation, np.float32)
-        self._call(x_NF, *self._weights, self._is_tanh, room_LND, y_NP)
-        return torch.from_numpy(y_NP)
+        y = np.ascontiguousarray(observation, np.float32)
+        for weight, bias, activation in self._layers:
+            y = self._layer_of(y, weight, bias, activation)
+        return torch.from_numpy(y)
 
 
 class FusedActorCritic(NamedTuple):
@@ -93,7 +89,3 @@ def _fuse(
     if weights[0].dtype != torch.float32 or not can_be_compiled(*weights):
         return None
     return FusedNetwork(agent, trunk, cast(nn.Linear, head))
-
-
-def _copy(tensor: Tensor) -> Array:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).numpy()

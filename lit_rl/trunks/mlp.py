@@ -6,20 +6,22 @@ Shapes: B rows, T time steps, F input features, D output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from lit_rl.autograd import first_order
 from lit_rl.trunks.base import Trunk
+from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl.trunks.linear_maps import linear
 
-FEW = 4096  # numbers of a layer up to which torch's own tanh is as quick
+# Steps from which compiled loops are the quicker way, and multiplications of a layer up to which one core
+# is not slower than the libraries of torch.
+FEW, MOST = 32, 2**24
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -60,49 +62,24 @@ class MLP(Trunk):
         return TensorDict(batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        if self._is_fused(x):
-            parameters = [p for layer in cast(Iterable[nn.Linear], self.layers) for p in layer.parameters()]
-            return _TanhLayers.apply(x, *parameters), state
+        layers = cast(list[nn.Linear], list(self.layers))
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if self._is_compiled(x, *weights, *biases):
+            from lit_rl.trunks.compiled.perceptron import RELU, TANH, compiled_layers
+
+            code = TANH if self.activation is torch.tanh else RELU
+            return compiled_layers(x.flatten(0, 1), weights, biases, code).view(*x.shape[:2], -1), state
         # Not through the modules' calls, which cost as much as the arithmetic of one acting step.
-        for layer in cast(Iterable[nn.Linear], self.layers):
-            x = self.activation(linear(x, layer.weight, layer.bias))
+        for weight, bias in zip(weights, biases, strict=True):
+            x = self.activation(linear(x, weight, bias))
         return x, state
 
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether `_TanhLayers` is the quicker way."""
-        B, T, _ = x.shape
-        if B * T * self.out_features <= FEW or self.activation is not torch.tanh:
+    def _is_compiled(self, x: Tensor, *parameters: Tensor) -> bool:
+        """Whether loops compiled by numba are the quicker way, and can be."""
+        if self.activation not in (torch.tanh, torch.relu) or torch.is_autocast_enabled("cpu"):
             return False
-        return x.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled("cpu")
-
-
-class _TanhLayers(torch.autograd.Function):
-    """All layers as one step of autograd, with tanh by way of the sigmoid, which torch has faster on CPUs.
-
-    ``tanh(x) = 1 - 2 sigmoid(-2x)``, to the rounding of 1. Shapes: N = B T steps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BTF: Tensor, *weights_and_biases: Tensor) -> Tensor:
-        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        outputs = [x_BTF.flatten(0, 1)]
-        for weight, bias in zip(weights, biases, strict=True):
-            double_ND = torch.addmm(bias, outputs[-1], weight.t(), beta=-2, alpha=-2)
-            outputs.append(torch.rsub(double_ND.sigmoid_(), 1, alpha=2))
-        ctx.save_for_backward(*outputs, *weights)
-        return outputs[-1].view(*x_BTF.shape[:2], -1)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        n_layers = len(ctx.saved_tensors) // 2
-        outputs, weights = ctx.saved_tensors[: n_layers + 1], ctx.saved_tensors[n_layers + 1 :]
-        grad_ND = grad_BTD.flatten(0, 1)
-        grads: list[Tensor] = []  # from the last layer to the first, each bias before its weight
-        for layer in reversed(range(n_layers)):
-            grad_ND = torch.ops.aten.tanh_backward(grad_ND, outputs[layer + 1])
-            grads += [grad_ND.sum(0), grad_ND.t() @ outputs[layer]]
-            if layer or ctx.needs_input_grad[0]:
-                grad_ND = grad_ND @ weights[layer]
-        grad_x = grad_ND.view(*grad_BTD.shape[:2], -1) if ctx.needs_input_grad[0] else None
-        return grad_x, *reversed(grads)
+        if x.ndim != 3 or x.shape[2] != self.in_features or x.shape[0] * x.shape[1] < FEW:
+            return False
+        if x.shape[0] * x.shape[1] * self.out_features * max(self.in_features, self.out_features) > MOST:
+            return False
+        return can_be_compiled(x, *parameters)
