@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_rl.compiled import Array, arrays, can_be_compiled
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
 from lit_rl.trunks import MLP, Trunk
-from lit_rl.trunks.compiled import Array, arrays, can_be_compiled
 
 
 class FusedNetwork:
@@ -30,7 +30,7 @@ class FusedNetwork:
     """
 
     def __init__(self, agent: ActorCritic, trunk: MLP, head: nn.Linear) -> None:
-        from lit_rl.trunks.compiled.perceptron import IDENTITY, RELU, TANH, layer_of
+        from lit_rl.compiled.perceptron import IDENTITY, RELU, TANH, layer_of
 
         self._layer_of = layer_of
         self._normalize = agent._normalize if agent.normalized else None

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from lit_rl.compiled import can_be_compiled
+from lit_rl.linear_maps import linear
 from lit_rl.trunks.base import Trunk
-from lit_rl.trunks.compiled import can_be_compiled
-from lit_rl.trunks.linear_maps import linear
 
 # Steps from which compiled loops are the quicker way, and multiplications of a layer up to which one core
 # is not slower than the libraries of torch.
@@ -65,7 +65,7 @@ class MLP(Trunk):
         layers = cast(list[nn.Linear], list(self.layers))
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if self._is_compiled(x, *weights, *biases):
-            from lit_rl.trunks.compiled.perceptron import RELU, TANH, compiled_layers
+            from lit_rl.compiled.perceptron import RELU, TANH, compiled_layers
 
             code = TANH if self.activation is torch.tanh else RELU
             return compiled_layers(x.flatten(0, 1), weights, biases, code).view(*x.shape[:2], -1), state

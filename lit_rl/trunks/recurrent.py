@@ -4,7 +4,7 @@ Both hold the torch module as `rnn`, so weights interchange with `nn.LSTM` and `
 same numbers:
 
 - T = 1: torch's cell;
-- on the CPU, in float32 and float64: loops compiled by numba (`lit_rl.trunks.compiled`), on one core;
+- on the CPU, in float32 and float64: loops compiled by numba (`lit_rl.compiled`), on one core;
 - LSTM there, without a reset inside the sequence: torch's kernel, as quick and on several cores;
 - elsewhere: torch's kernel, on rows stretched by a step for each reset (`lit_rl.trunks.resets`).
 
@@ -22,8 +22,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from lit_rl.compiled import can_be_compiled
 from lit_rl.trunks.base import Trunk
-from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl.trunks.resets import SATURATE, StretchedRows
 
 Weights = tuple[Tensor, ...]  # of G gates: weight_ih [G*D, F], weight_hh [G*D, D], bias_ih, bias_hh [G*D]
@@ -152,7 +152,7 @@ class LSTM(Recurrent):
     def compiled_scan(
         self, x_BTF: Tensor, memory: Memory, weights: Weights, *, is_init_BT: Tensor
     ) -> tuple[Tensor, Memory]:
-        from lit_rl.trunks.compiled.recurrent import compiled_lstm
+        from lit_rl.compiled.recurrent import compiled_lstm
 
         (h, c), (weight_ih, weight_hh, bias_ih, bias_hh) = memory, weights
         x_TBF, bias = x_BTF.transpose(0, 1), bias_ih + bias_hh
@@ -187,7 +187,7 @@ class GRU(Recurrent):
     def compiled_scan(
         self, x_BTF: Tensor, memory: Memory, weights: Weights, *, is_init_BT: Tensor
     ) -> tuple[Tensor, Memory]:
-        from lit_rl.trunks.compiled.recurrent import compiled_gru
+        from lit_rl.compiled.recurrent import compiled_gru
 
         (h,), (weight_ih, weight_hh, bias_ih, bias_hh) = memory, weights
         x_TBF = x_BTF.transpose(0, 1)

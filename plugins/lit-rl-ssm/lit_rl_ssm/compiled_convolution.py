@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import Array, arrays
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit_in_order
+from lit_rl.compiled import Array, arrays
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit_in_order
 
 PART = 64
 

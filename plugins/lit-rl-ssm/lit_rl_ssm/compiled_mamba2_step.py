@@ -15,10 +15,10 @@ import math
 import numpy as np
 from torch import Tensor
 
-from lit_rl.trunks.compiled import Array, arrays
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit
-from lit_rl.trunks.compiled.products import add_inner_products
+from lit_rl.compiled import Array, arrays
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit
+from lit_rl.compiled.products import add_inner_products
 
 
 def compiled_mamba2_step(

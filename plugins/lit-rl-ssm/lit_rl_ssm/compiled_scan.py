@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import Array, arrays
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit, jit_in_order
+from lit_rl.compiled import Array, arrays
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit, jit_in_order
 
 CHUNK = 16
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import can_be_compiled
+from lit_rl.compiled import can_be_compiled
 from lit_rl_ssm.compiled_convolution import compiled_convolution
 from lit_rl_ssm.episodes import episode_numbers, may_reset_inside
 from lit_rl_ssm.kernels import Function, convolution_by_kernel, convolution_runs_on

@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_rl.compiled import can_be_compiled
 from lit_rl.trunks import Linear
-from lit_rl.trunks.compiled import can_be_compiled
 from lit_rl_ssm import kernels
 from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
 from lit_rl_ssm.compiled_mamba2_step import compiled_mamba2_step

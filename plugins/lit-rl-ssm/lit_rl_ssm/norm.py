@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from lit_rl.trunks.compiled import can_be_compiled
+from lit_rl.compiled import can_be_compiled
 from lit_rl_ssm.compiled_norm import compiled_gated_norm, compiled_norm
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd import grad as gradient_of
 
-from lit_rl.trunks.compiled import Array, arrays
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit
-from lit_rl.trunks.compiled.products import PART, add_inner_products, add_outer_products, add_product
+from lit_rl.compiled import Array, arrays
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit
+from lit_rl.compiled.products import PART, add_inner_products, add_outer_products, add_product
 
 IDENTITY, TANH, RELU = 0, 1, 2
 

@@ -7,8 +7,8 @@ they run over the length of the row that is written to; over the length of anoth
 
 from __future__ import annotations
 
-from lit_rl.trunks.compiled import Array
-from lit_rl.trunks.compiled.jit import jit
+from lit_rl.compiled import Array
+from lit_rl.compiled.jit import jit
 
 # Terms that are added up before they join a total: keeps rounding small where there are many.
 PART = 256

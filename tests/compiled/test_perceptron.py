@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_rl.trunks import MLP
-from lit_rl.trunks.compiled.perceptron import (
+from lit_rl.compiled.perceptron import (
     FEATURES_TO_TRANSPOSE,
     RELU,
     ROWS_TO_TRANSPOSE,
     TANH,
     compiled_layers,
 )
-from lit_rl.trunks.compiled.products import PART
+from lit_rl.compiled.products import PART
+from lit_rl.trunks import MLP
 from lit_rl.trunks.mlp import FEW
 
 FUNCTIONS = {TANH: torch.tanh, RELU: torch.relu}

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from lit_rl.trunks.compiled import arrays, can_be_compiled
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit_in_order
-from lit_rl.trunks.compiled.products import (
+from lit_rl.compiled import arrays, can_be_compiled
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit_in_order
+from lit_rl.compiled.products import (
     PART,
     add_inner_products,
     add_outer_products,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rl.trunks import Linear, linear, linear_maps
+from lit_rl import linear_maps
+from lit_rl.trunks import Linear, linear
 
 needs_onednn = pytest.mark.skipif(not linear_maps.HAS_ONEDNN, reason="no AVX-512 or no oneDNN here")
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lit_rl.autograd import first_order
-from lit_rl.trunks.compiled import Array, arrays
-from lit_rl.trunks.compiled.exp import exp
-from lit_rl.trunks.compiled.jit import jit
-from lit_rl.trunks.compiled.products import add_inner_products, add_outer_products, add_product
-from lit_rl.trunks.linear_maps import linear
+from lit_rl.compiled import Array, arrays
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit
+from lit_rl.compiled.products import add_inner_products, add_outer_products, add_product
+from lit_rl.linear_maps import linear
 
 
 def compiled_lstm(

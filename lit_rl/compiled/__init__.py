@@ -1,4 +1,4 @@
-"""Loops over time compiled by numba, for the CPU: what they share, and those of LSTM and GRU.
+"""Loops compiled by numba, for the CPU: what they share, and those of LSTM, GRU, MLP and the losses of PPO.
 
 numba compiles on first use, some seconds a dtype, and keeps the result beside the source or in the user's
 cache, if it may write there. To import it takes half a second; so this file does not, and the files beside it
