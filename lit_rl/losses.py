@@ -2,7 +2,7 @@
 
 `ppo_loss` is what PPO descends. Its gradient is written out, because autograd would keep and visit a dozen
 small tensors where one step of the chain rule is enough. `clipped_surrogate` and `value_loss` are its terms:
-who changes one of them changes `_PPOLoss.backward` with it.
+who changes one of them changes `_PPOLoss.backward` and `lit_rl.compiled.losses` with it.
 
 Shapes: ``...`` is the same for all entries of a loss, n of them in all.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_rl.autograd import first_order
+from lit_rl.compiled import can_be_compiled
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -89,10 +90,13 @@ def ppo_loss(
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
     """
+    tensors = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
     coefficients = (clip, value_clip, value_coef, entropy_coef)
-    return PPOLoss(
-        *_PPOLoss.apply(log_prob, value, entropy, old_log_prob, old_value, advantage, target, *coefficients)
-    )
+    if log_prob.numel() and can_be_compiled(*tensors):
+        from lit_rl.compiled.losses import compiled_ppo_loss
+
+        return PPOLoss(*compiled_ppo_loss(*tensors, *coefficients))
+    return PPOLoss(*_PPOLoss.apply(*tensors, *coefficients))
 
 
 class _PPOLoss(torch.autograd.Function):

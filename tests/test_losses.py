@@ -57,8 +57,12 @@ def test_value_clipping_counts_the_worse_error() -> None:
     assert value.grad.tolist() == pytest.approx([0.0, -1 / 4, 2 / 4, 0.0])
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("value_clip", [None, 0.3])
-def test_gradient_of_the_whole_loss_is_that_of_its_terms(value_clip: float | None) -> None:
+def test_gradient_of_the_whole_loss_is_that_of_its_terms(
+    value_clip: float | None, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_rl.losses.can_be_compiled", lambda *_: is_compiled)
     generator = torch.Generator().manual_seed(0)
     log_prob, value, entropy, moved, drift, advantage, target = (
         torch.randn(4, 50, generator=generator, dtype=torch.float64) for _ in range(7)

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor, nn
 
 from lit_rl.autograd import first_order
+from lit_rl.compiled import can_be_compiled
 from lit_rl.errors import UserError
 from lit_rl.models.encoder import one_line, orthogonal
 
@@ -102,13 +103,22 @@ class Categorical(PolicyHead):
 
     def log_prob_and_entropy(self, params: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_multi:
-            return _CategoricalTerms.apply(params, action)
+            return _categorical_terms(params, action)
         parts = zip(params.split(self.sizes, -1), action.unbind(-1), strict=True)
-        log_probs, entropies = zip(*(_CategoricalTerms.apply(part, a) for part, a in parts), strict=True)
+        log_probs, entropies = zip(*(_categorical_terms(part, a) for part, a in parts), strict=True)
         return torch.stack(log_probs).sum(0), torch.stack(entropies).sum(0)
 
     def to_env(self, action: Tensor) -> Tensor:
         return action if self.start is None else action + self.start
+
+
+def _categorical_terms(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of logits ``[..., P]`` and actions ``[...]``."""
+    if action.is_cpu and logits.numel() and logits.shape[:-1] == action.shape and can_be_compiled(logits):
+        from lit_rl.compiled.losses import compiled_categorical
+
+        return compiled_categorical(logits, action)
+    return _CategoricalTerms.apply(logits, action)
 
 
 class _CategoricalTerms(torch.autograd.Function):

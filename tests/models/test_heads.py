@@ -64,7 +64,9 @@ def test_multidiscrete_is_a_product() -> None:
     assert (sampled < torch.tensor(sizes)).all()
 
 
-def test_gradients_of_log_probability_and_entropy_agree_with_torch() -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_of_log_probability_and_entropy_agree_with_torch(is_compiled, monkeypatch) -> None:
+    monkeypatch.setattr("lit_rl.models.heads.can_be_compiled", lambda *_: is_compiled)
     torch.manual_seed(0)
     for sizes in ([4], [2, 5, 3]):
         head = policy_head(FEATURES, spaces.MultiDiscrete(sizes) if len(sizes) > 1 else spaces.Discrete(4))

@@ -1,0 +1,198 @@
+"""What PPO descends, compiled by numba: the terms of a categorical policy, and the loss.
+
+The equations are those of `lit_rl.models.heads` and `lit_rl.losses`; written as tensor operations, some forty
+small ones an update cost as much as the products of a small network.
+
+Arrays: logits, log_p [N, P]; action [N]; all else [N], but for `totals`. A name with `grad_` before it is the
+gradient of what the rest names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_rl.autograd import first_order
+from lit_rl.compiled import Array
+from lit_rl.compiled.exp import exp
+from lit_rl.compiled.jit import jit_in_order
+
+
+def compiled_categorical(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy ``[...]`` of logits ``[..., P]`` and actions ``[...]``.
+
+    Not a number where an action is none of the P.
+    """
+    return _CompiledCategorical.apply(logits, action)
+
+
+def compiled_ppo_loss(
+    log_prob: Tensor,
+    value: Tensor,
+    entropy: Tensor,
+    old_log_prob: Tensor,
+    old_value: Tensor,
+    advantage: Tensor,
+    target: Tensor,
+    clip: float,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, ...]:
+    """Loss, policy loss, value loss, entropy and log ratio of `lit_rl.losses.ppo_loss`."""
+    given = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
+    return _CompiledPPOLoss.apply(*given, clip, value_clip, value_coef, entropy_coef)
+
+
+class _CompiledCategorical(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NP, action_N = logits.detach().numpy().reshape(-1, logits.shape[-1]), _flat(action)
+        log_p_NP = np.empty(logits_NP.shape, logits_NP.dtype)
+        log_prob, entropy = np.empty((2, len(action_N)), logits_NP.dtype)
+        _categorical(logits_NP, action_N, log_p_NP, log_prob, entropy)
+        terms = _tensor(log_prob, action.shape), _tensor(entropy, action.shape)
+        ctx.save_for_backward(torch.from_numpy(log_p_NP), action, terms[1])
+        ctx.shape = logits.shape
+        return terms
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_log_prob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:
+        log_p, action, entropy = ctx.saved_tensors
+        log_p_NP = log_p.numpy()
+        grad_logits_NP = np.empty(log_p_NP.shape, log_p_NP.dtype)
+        rows = (_flat(t) for t in (action, entropy, grad_log_prob, grad_entropy))
+        _categorical_backward(log_p_NP, *rows, grad_logits_NP)
+        return _tensor(grad_logits_NP, ctx.shape), None
+
+
+class _CompiledPPOLoss(torch.autograd.Function):
+    """Its gradients are worked out in the forward pass, which has all they need at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_prob: Tensor,
+        value: Tensor,
+        entropy: Tensor,
+        old_log_prob: Tensor,
+        old_value: Tensor,
+        advantage: Tensor,
+        target: Tensor,
+        clip: float,
+        value_clip: float | None,
+        value_coef: float,
+        entropy_coef: float,
+    ) -> tuple[Tensor, ...]:
+        given = [_flat(t) for t in (log_prob, value, entropy, old_log_prob, old_value, advantage, target)]
+        n, dtype, shape = len(given[0]), given[0].dtype, log_prob.shape
+        log_ratio, grad_log_prob, grad_value = np.empty((3, n), dtype)
+        totals = np.empty(4, dtype)
+        coefficients = (clip, -1.0 if value_clip is None else value_clip, value_coef, entropy_coef)
+        _ppo_loss(*given, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
+        ctx.save_for_backward(_tensor(grad_log_prob, shape), _tensor(grad_value, shape))
+        ctx.entropy_share = entropy_coef / n
+        told = (*torch.from_numpy(totals).unbind(), _tensor(log_ratio, shape))
+        ctx.mark_non_differentiable(*told[1:])
+        return told
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_log_prob, grad_value = ctx.saved_tensors
+        grad_entropy = (-ctx.entropy_share * grad).expand(grad_value.shape)
+        return grad_log_prob * grad, grad_value * grad, grad_entropy, *[None] * 8
+
+
+def _flat(tensor: Tensor) -> Array:
+    return tensor.detach().numpy().reshape(-1)
+
+
+def _tensor(array: Array, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(array.reshape(shape))
+
+
+@jit_in_order
+def _categorical(logits: Array, action: Array, log_p: Array, log_prob: Array, entropy: Array) -> None:
+    zero = logits.dtype.type(0)
+    for i in range(logits.shape[0]):
+        row, log_p_i = logits[i], log_p[i]
+        largest, total, weighted = row[0], zero, zero
+        for k in range(row.shape[0]):
+            largest = max(largest, row[k])
+        for k in range(row.shape[0]):
+            total += exp(row[k] - largest)
+        log_total = logits.dtype.type(math.log(total))
+        for k in range(row.shape[0]):
+            log_p_i[k] = row[k] - largest - log_total
+            weighted += exp(log_p_i[k]) * log_p_i[k]
+        entropy[i] = -weighted
+        a = action[i]
+        log_prob[i] = log_p_i[a] if 0 <= a < row.shape[0] else logits.dtype.type(math.nan)
+
+
+@jit_in_order
+def _categorical_backward(
+    log_p: Array,
+    action: Array,
+    entropy: Array,
+    grad_log_prob: Array,
+    grad_entropy: Array,
+    grad_logits: Array,
+) -> None:
+    """``d log p_a / d logit_k = [k = a] - p_k`` and ``d H / d logit_k = -p_k (log p_k + H)``."""
+    for i in range(log_p.shape[0]):
+        row, grad_i = log_p[i], grad_logits[i]
+        for k in range(grad_i.shape[0]):
+            grad_i[k] = -exp(row[k]) * (grad_log_prob[i] + (row[k] + entropy[i]) * grad_entropy[i])
+        if 0 <= action[i] < row.shape[0]:
+            grad_i[action[i]] += grad_log_prob[i]
+
+
+@jit_in_order
+def _ppo_loss(
+    log_prob: Array,
+    value: Array,
+    entropy: Array,
+    old_log_prob: Array,
+    old_value: Array,
+    advantage: Array,
+    target: Array,
+    log_ratio: Array,
+    grad_log_prob: Array,
+    grad_value: Array,
+    totals: Array,
+    clip: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+) -> None:
+    """`totals` are loss, policy loss, value loss, entropy; a negative `value_clip` is none."""
+    number = log_prob.dtype.type
+    low, high, limit = number(1 - clip), number(1 + clip), number(value_clip)
+    zero, n = number(0), log_prob.shape[0]
+    share, value_share = number(1 / n), number(value_coef / n)
+    gain = squares = entropies = 0.0
+    for i in range(n):
+        log_ratio[i] = log_prob[i] - old_log_prob[i]
+        ratio = number(math.exp(log_ratio[i]))
+        product, clipped = ratio * advantage[i], min(max(ratio, low), high) * advantage[i]
+        # Where the clipped product is the smaller one, nothing is to be gained.
+        gain += clipped if clipped < product else product
+        grad_log_prob[i] = zero if clipped < product else -product * share
+        error, moved = value[i] - target[i], value[i] - old_value[i]
+        square, grad_value[i] = error * error, error * value_share
+        if limit >= zero:
+            clipped_error = old_value[i] + min(max(moved, -limit), limit) - target[i]
+            if not (abs(moved) <= limit or abs(clipped_error) <= abs(error)):  # so that NaN stays NaN
+                square, grad_value[i] = clipped_error * clipped_error, zero
+        squares += square
+        entropies += entropy[i]
+    policy_loss, value_loss, mean_entropy = -gain / n, 0.5 * squares / n, entropies / n
+    totals[0] = policy_loss + value_coef * value_loss - entropy_coef * mean_entropy
+    totals[1], totals[2], totals[3] = policy_loss, value_loss, mean_entropy
