@@ -454,7 +454,7 @@ def test_learns_a_continuous_bandit(squash: bool) -> None:
 @pytest.mark.parametrize(("trunk", "solves"), [("gru", True), ("mlp", False)])
 def test_recall_needs_memory(trunk: str, solves: bool) -> None:
     env = EnvConfig("lit_rl/Recall-v0", num_envs=16, kwargs={"delay": 3})
-    _, records = train(env, trunk, rollouts=40, rollout_length=40, lr=1e-2, num_minibatches=4, gamma=0.9)
+    _, records = train(env, trunk, rollouts=50, rollout_length=40, lr=1e-2, num_minibatches=4, gamma=0.9)
     success = mean_of_last(records, "episode/success", 5)
     assert success > 0.95 if solves else success < 0.65
 
