@@ -30,7 +30,7 @@ def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
     norm = flat.norm().item()
     if max_norm < norm < float("inf"):
-        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+        torch._foreach_mul_(grads, flat.new_tensor(max_norm / (norm + 1e-6)))  # a number is wrapped for each
     return norm
 
 

@@ -19,9 +19,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
+from lit_rl.compiled import can_be_compiled
 from lit_rl.data.window_replay import Drawn
 from lit_rl.models.encoder import Observation
-from lit_rl.models.q_heads import QHead
+from lit_rl.models.q_heads import ExpectedQ, QHead, huber
 from lit_rl.models.q_network import QNetwork
 from lit_rl.returns import n_step
 
@@ -149,9 +150,7 @@ class WindowLoss:
         bootstrap_MLZ = lesson.bootstrap
         if bootstrap_MLZ is None:
             bootstrap_MLZ = _best(lesson.target, judge_MTAZ, lesson.at, head)
-        predicted_MLZ = _of_action(out_MLAZ, lesson.action)
-        loss_ML = head.loss(predicted_MLZ, lesson.reward, lesson.discount, bootstrap_MLZ)
-        loss = (loss_ML * lesson.weight).sum() / lesson.counts.sum()
+        loss, predicted_MLZ = _loss(head, lesson, out_MLAZ, bootstrap_MLZ)
         drift_ML = delta_q_ML = None
         if seen.latent is not None:
             with torch.no_grad():
@@ -160,7 +159,7 @@ class WindowLoss:
                 q_now, q_stored = head.values(out_MLAZ), head.values(agent.of_latent(stored_MLD))
                 largest_M1 = q_now.amax((1, 2)).abs().clamp_min(1e-8).unsqueeze(1)
                 delta_q_ML = (q_now - q_stored).norm(dim=-1) / largest_M1
-        return Prediction(loss, auxiliary, predicted_MLZ.detach(), bootstrap_MLZ, drift_ML, delta_q_ML)
+        return Prediction(loss, auxiliary, predicted_MLZ, bootstrap_MLZ, drift_ML, delta_q_ML)
 
     @torch.no_grad()
     def judge(
@@ -210,6 +209,19 @@ class WindowLoss:
                 to_come_MnAZ = network.of_latent(seen.latent[:, self.window :])
             out_MTAZ = torch.cat([out_MTAZ, to_come_MnAZ], 1)
         return out_MTAZ, latent_MTD
+
+
+def _loss(head: QHead, lesson: Lesson, out_MLAZ: Tensor, bootstrap_MLZ: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of the steps that count; without gradient, the numbers ``[M, L, Z]`` of the actions taken."""
+    floats = (lesson.reward, lesson.discount, bootstrap_MLZ, lesson.weight)
+    if type(head) is ExpectedQ and can_be_compiled(out_MLAZ, *floats):
+        from lit_rl.compiled.losses import compiled_td_loss
+
+        is_clipped = head.error is huber
+        return compiled_td_loss(out_MLAZ, lesson.action, *floats, lesson.counts, is_clipped=is_clipped)
+    predicted_MLZ = _of_action(out_MLAZ, lesson.action)
+    loss_ML = head.loss(predicted_MLZ, lesson.reward, lesson.discount, bootstrap_MLZ)
+    return (loss_ML * lesson.weight).sum() / lesson.counts.sum(), predicted_MLZ.detach()
 
 
 def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""What PPO descends, compiled by numba: the terms of a categorical policy, and the loss.
+"""What PPO and DQN descend, compiled by numba: a categorical policy's terms, PPO's loss, a TD loss.
 
-The equations are those of `lit_rl.models.heads` and `lit_rl.losses`; written as tensor operations, some forty
-small ones an update cost as much as the products of a small network.
+The equations are those of `lit_rl.models.heads`, `lit_rl.losses` and `lit_rl.algorithms.window_loss`; written
+as tensor operations, some forty small ones an update cost as much as the products of a small network.
 
-Arrays: logits, log_p [N, P]; action [N]; all else [N], but for `totals`. A name with `grad_` before it is the
-gradient of what the rest names.
+Arrays: logits, log_p [N, P]; out [N, A]; action [N]; all else [N], but for totals. A name with `grad_` before
+it is the gradient of what the rest names.
 """
 
 from __future__ import annotations
@@ -46,6 +46,27 @@ def compiled_ppo_loss(
     """Loss, policy loss, value loss, entropy and log ratio of `lit_rl.losses.ppo_loss`."""
     given = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
     return _CompiledPPOLoss.apply(*given, clip, value_clip, value_coef, entropy_coef)
+
+
+def compiled_td_loss(
+    out: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    bootstrap: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    *,
+    is_clipped: bool,
+) -> tuple[Tensor, Tensor]:
+    """The mean of weighted errors of action values, and the values of the actions taken.
+
+    ``sum_i weight_i f(out_i[action_i] - reward_i - discount_i bootstrap_i) / sum_i counts_i``, f half the
+    square, and with `is_clipped` linear from an error of 1 (Huber); not a number where an action is none.
+
+    `out` is ``[..., A, 1]``, `bootstrap` ``[..., 1]``, all else ``[...]``.
+    """
+    return _CompiledTDLoss.apply(out, action, reward, discount, bootstrap, weight, counts, is_clipped)
 
 
 class _CompiledCategorical(torch.autograd.Function):
@@ -107,6 +128,36 @@ class _CompiledPPOLoss(torch.autograd.Function):
         grad_log_prob, grad_value = ctx.saved_tensors
         grad_entropy = (-ctx.entropy_share * grad).expand(grad_value.shape)
         return grad_log_prob * grad, grad_value * grad, grad_entropy, *[None] * 8
+
+
+class _CompiledTDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        discount: Tensor,
+        bootstrap: Tensor,
+        weight: Tensor,
+        counts: Tensor,
+        is_clipped: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out_NA = out.detach().numpy().reshape(-1, out.shape[-2])
+        given = [_flat(t) for t in (action, reward, discount, bootstrap, weight, counts)]
+        predicted, total = np.empty(len(out_NA), out_NA.dtype), np.empty((), out_NA.dtype)
+        grad_NA = np.zeros(out_NA.shape, out_NA.dtype)
+        _td_loss(out_NA, *given, is_clipped, predicted, grad_NA, total)
+        ctx.save_for_backward(_tensor(grad_NA, out.shape))
+        told = _tensor(predicted, bootstrap.shape)
+        ctx.mark_non_differentiable(told)
+        return torch.from_numpy(total), told
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_out,) = ctx.saved_tensors
+        return grad_out * grad, *[None] * 7
 
 
 def _flat(tensor: Tensor) -> Array:
@@ -196,3 +247,36 @@ def _ppo_loss(
     policy_loss, value_loss, mean_entropy = -gain / n, 0.5 * squares / n, entropies / n
     totals[0] = policy_loss + value_coef * value_loss - entropy_coef * mean_entropy
     totals[1], totals[2], totals[3] = policy_loss, value_loss, mean_entropy
+
+
+@jit_in_order
+def _td_loss(
+    out: Array,
+    action: Array,
+    reward: Array,
+    discount: Array,
+    bootstrap: Array,
+    weight: Array,
+    counts: Array,
+    is_clipped: bool,
+    predicted: Array,
+    grad_out: Array,
+    total: Array,
+) -> None:
+    """`grad_out` holds zeros."""
+    number = out.dtype.type
+    half, one = number(0.5), number(1)
+    added, counted = 0.0, 0
+    for i in range(out.shape[0]):
+        counted += counts[i]
+    for i in range(out.shape[0]):
+        a = action[i]
+        predicted[i] = out[i, a] if 0 <= a < out.shape[1] else number(math.nan)
+        error = predicted[i] - (reward[i] + discount[i] * bootstrap[i])
+        slope, cost = error, half * error * error
+        if is_clipped and abs(error) > one:
+            slope, cost = math.copysign(one, error), abs(error) - half
+        added += weight[i] * cost
+        if 0 <= a < out.shape[1]:
+            grad_out[i, a] = weight[i] * slope / number(counted)
+    total[()] = added / counted

@@ -1,4 +1,4 @@
-"""PPO's compiled terms against the tensor operations that they stand for, and against torch.distributions."""
+"""Compiled losses of PPO and DQN against the tensor operations that they stand for, and by hand."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from lit_rl.compiled.losses import compiled_categorical, compiled_ppo_loss
+from lit_rl.compiled.losses import compiled_categorical, compiled_ppo_loss, compiled_td_loss
 from lit_rl.losses import clipped_surrogate, value_loss
 from lit_rl.models import heads
+from lit_rl.models.q_heads import ExpectedQ
 
 SHAPES = [(1,), (7,), (3, 50), (2, 3, 4)]
 
@@ -110,3 +111,58 @@ def test_a_ratio_beyond_all_numbers_is_infinite() -> None:
     given = samples(3, torch.float32)
     given[0][1], given[3][1], given[5][1] = 0.0, -200.0, -1.0
     assert compiled_ppo_loss(*given, 0.2, None, 0.5, 0.01)[0] == torch.inf
+
+
+@pytest.mark.parametrize("loss", ["huber", "mse"])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (5, 8)], ids=str)
+def test_td_loss_and_gradient(shape: tuple[int, int], loss: str) -> None:
+    torch.manual_seed(0)
+    A, head = 3, ExpectedQ(2, 3, loss=loss)
+    out = (2 * torch.randn(*shape, A, 1, dtype=torch.float64)).requires_grad_()
+    action, counts = torch.randint(A, shape), torch.rand(shape) < 0.7
+    counts[0, 0] = True
+    reward, discount, weight = torch.rand(3, *shape, dtype=torch.float64)
+    weight, bootstrap = weight * counts, torch.randn(*shape, 1, dtype=torch.float64)
+    found, predicted = compiled_td_loss(
+        out, action, reward, discount, bootstrap, weight, counts, is_clipped=loss == "huber"
+    )
+    taken = out.gather(2, action[..., None, None]).squeeze(2)
+    expected = (head.loss(taken, reward, discount, bootstrap) * weight).sum() / counts.sum()
+    torch.testing.assert_close((found, predicted), (expected, taken.detach()), atol=1e-14, rtol=1e-14)
+    grads = [torch.autograd.grad(3 * total, out) for total in (found, expected)]
+    torch.testing.assert_close(*grads, atol=1e-14, rtol=1e-14)
+    assert not predicted.requires_grad
+
+
+def test_td_loss_by_hand() -> None:
+    """Values 1 and 4 of targets 1.5 + 0.5 * 1 and 0: errors -1 and 4, costs 0.5 and 3.5; one counts half."""
+    out = torch.tensor([[[1.0], [9.0]], [[9.0], [4.0]], [[9.0], [9.0]]])[:, None].requires_grad_()
+    loss, predicted = compiled_td_loss(
+        out,
+        torch.tensor([[0], [1], [0]]),
+        torch.tensor([[1.5], [0.0], [0.0]]),
+        torch.tensor([[0.5], [0.0], [0.0]]),
+        torch.tensor([[[1.0]], [[7.0]], [[0.0]]]),
+        torch.tensor([[1.0], [0.5], [0.0]]),
+        torch.tensor([[True], [True], [False]]),
+        is_clipped=True,
+    )
+    assert loss.item() == (0.5 + 0.5 * 3.5) / 2
+    assert predicted.flatten().tolist() == [1, 4, 9]
+    loss.backward()
+    assert out.grad.flatten().tolist() == [-0.5, 0, 0, 0.25, 0, 0]
+
+
+def test_td_loss_of_no_action_or_number_is_none() -> None:
+    def loss(action: int, value: float) -> Tensor:
+        out = torch.tensor([[[[value], [0.0]]]])
+        one = torch.ones(1, 1)
+        return compiled_td_loss(
+            out, torch.tensor([[action]]), one, one, one[..., None], one, one > 0, is_clipped=True
+        )[0]
+
+    assert loss(0, 1.0).item() == 0.5
+    assert loss(2, 1.0).isnan()
+    assert loss(-1, 1.0).isnan()
+    assert loss(0, math.nan).isnan()
+    assert loss(0, math.inf) == math.inf
