@@ -92,7 +92,10 @@ def ppo_loss(
     """
     tensors = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
     coefficients = (clip, value_clip, value_coef, entropy_coef)
-    if log_prob.numel() and can_be_compiled(*tensors):
+    is_plain = all(isinstance(number, float | int) for number in coefficients if number is not None)
+    is_plain = is_plain and (value_clip is None or value_clip >= 0)
+    is_plain = is_plain and all(tensor.shape == log_prob.shape for tensor in tensors)
+    if is_plain and log_prob.numel() and can_be_compiled(*tensors):
         from lit_rl.compiled.losses import compiled_ppo_loss
 
         return PPOLoss(*compiled_ppo_loss(*tensors, *coefficients))

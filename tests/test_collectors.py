@@ -140,6 +140,23 @@ def test_log_prob_and_value_are_those_of_the_whole_history(trunk: str, value_tru
     assert log_prob.std() > 0.1
 
 
+@pytest.mark.parametrize("action_space", [DISCRETE, BOX, spaces.MultiDiscrete([2, 3])], ids=str)
+def test_one_call_acts_as_the_agent_does(action_space: spaces.Space, monkeypatch) -> None:
+    """Policy and value of an MLP as one compiled call each, against the agent's own pass."""
+    rollouts = []
+    for may_fuse in (True, False):
+        if not may_fuse:
+            monkeypatch.setattr("lit_rl.collectors.rollout.fused", lambda _: None)
+        collector = collector_of(scripted_agent("mlp", action_space, value_trunk="separate"), action_space)
+        rollouts.append(collect(collector))
+        assert (collector._fused is not None) == may_fuse
+    by_one_call, by_agent = rollouts
+    for key in (keys.OBSERVATION, keys.IS_INIT, keys.TERMINATED, keys.REWARD):
+        assert torch.equal(column(by_one_call, key), column(by_agent, key))
+    for key in (keys.ACTION, keys.LOG_PROB, keys.VALUE, keys.NEXT_VALUE):
+        torch.testing.assert_close(column(by_one_call, key), column(by_agent, key), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("squash", [False, True])
 def test_the_environment_gets_the_action_in_its_units(squash: bool) -> None:
     """The rollout keeps what was sampled; only the environment's copy is clipped or squashed."""

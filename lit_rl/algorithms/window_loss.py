@@ -22,7 +22,7 @@ from lit_rl import keys
 from lit_rl.compiled import can_be_compiled
 from lit_rl.data.window_replay import Drawn
 from lit_rl.models.encoder import Observation
-from lit_rl.models.q_heads import ExpectedQ, QHead, huber
+from lit_rl.models.q_heads import ExpectedQ, QHead, half_squared, huber
 from lit_rl.models.q_network import QNetwork
 from lit_rl.returns import n_step
 
@@ -214,7 +214,9 @@ class WindowLoss:
 def _loss(head: QHead, lesson: Lesson, out_MLAZ: Tensor, bootstrap_MLZ: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the steps that count; without gradient, the numbers ``[M, L, Z]`` of the actions taken."""
     floats = (lesson.reward, lesson.discount, bootstrap_MLZ, lesson.weight)
-    if type(head) is ExpectedQ and can_be_compiled(out_MLAZ, *floats):
+    is_plain = type(head) is ExpectedQ and head.error in (huber, half_squared)
+    is_plain = is_plain and all(tensor.shape[:2] == lesson.counts.shape for tensor in (out_MLAZ, *floats))
+    if is_plain and can_be_compiled(out_MLAZ, *floats):
         from lit_rl.compiled.losses import compiled_td_loss
 
         is_clipped = head.error is huber

@@ -45,8 +45,11 @@ def observation_buffer(space: spaces.Space, leading: tuple[int, ...]) -> Arrays:
 def check_finite(arrays: Arrays, env: VectorEnv, step: int, rows: np.ndarray | bool = True) -> None:
     """Raises `UserError` where one of `rows` (bool [E]) is not a number, before anything learns from it."""
     for name, array in [("observation", arrays)] if isinstance(arrays, np.ndarray) else arrays.items():
+        if array.dtype.kind != "f":
+            continue
         # The sum of squares, which is quick, is finite unless a number is not or some are huge.
-        if array.dtype.kind == "f" and not (np.isfinite(np.vdot(array, array)) or np.isfinite(array).all()):
+        is_finite = array.dtype.itemsize >= 4 and np.isfinite(np.vdot(array, array))
+        if not (is_finite or np.isfinite(array).all()):
             bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1) & rows)
             if len(bad):
                 raise UserError(

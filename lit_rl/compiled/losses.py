@@ -118,7 +118,7 @@ class _CompiledPPOLoss(torch.autograd.Function):
         _ppo_loss(*given, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
         ctx.save_for_backward(_tensor(grad_log_prob, shape), _tensor(grad_value, shape))
         ctx.entropy_share = entropy_coef / n
-        told = (*torch.from_numpy(totals).unbind(), _tensor(log_ratio, shape))
+        told = (*(torch.from_numpy(totals[k, ...]) for k in range(4)), _tensor(log_ratio, shape))
         ctx.mark_non_differentiable(*told[1:])
         return told
 
@@ -240,8 +240,9 @@ def _ppo_loss(
         square, grad_value[i] = error * error, error * value_share
         if limit >= zero:
             clipped_error = old_value[i] + min(max(moved, -limit), limit) - target[i]
-            if not (abs(moved) <= limit or abs(clipped_error) <= abs(error)):  # so that NaN stays NaN
+            if abs(moved) > limit and abs(clipped_error) > abs(error):
                 square, grad_value[i] = clipped_error * clipped_error, zero
+            square += zero * clipped_error  # what is not a number stays so
         squares += square
         entropies += entropy[i]
     policy_loss, value_loss, mean_entropy = -gain / n, 0.5 * squares / n, entropies / n

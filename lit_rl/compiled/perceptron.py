@@ -87,11 +87,11 @@ def _layer_gradients(
 ) -> tuple[Array, Array, Array]:
     """Those of x (empty unless wanted), weight and bias."""
     grad_x = np.zeros(x.shape if wants_x else (0, 0), x.dtype)
-    grad_weight, grad_bias = np.zeros(weight.shape, x.dtype), np.zeros(len(weight), x.dtype)
+    grad_weight, grad_bias = np.zeros(weight.shape, x.dtype), np.zeros(len(weight))  # a long sum, in float64
     room = np.empty(weight.shape if len(x) > PART else (0, 0), x.dtype)
     before = np.empty(y.shape, x.dtype)
     _layer_backward(grad_y, x, y, weight, activation, before, room, grad_x, grad_weight, grad_bias)
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias.astype(x.dtype)
 
 
 def _differentiable_backward(
@@ -99,6 +99,8 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by torch's operations, which can be differentiated in turn."""
     f = {TANH: torch.tanh, RELU: torch.relu}[ctx.activation]
+    # Of other names for the same tensors: theirs may depend on one another, or be one and the same.
+    x_NF, *parameters = (tensor.view_as(tensor) for tensor in (x_NF, *parameters))
     layers = len(parameters) // 2
     y = x_NF
     for weight, bias in zip(parameters[:layers], parameters[layers:], strict=True):

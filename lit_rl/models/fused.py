@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.compiled import Array, arrays, can_be_compiled
+from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
 from lit_rl.trunks import MLP, Trunk
+from lit_rl.trunks.mlp import are_layers
 
 
 class FusedNetwork:
@@ -33,6 +35,7 @@ class FusedNetwork:
         from lit_rl.compiled.perceptron import IDENTITY, RELU, TANH, layer_of
 
         self._layer_of = layer_of
+        self.in_features = trunk.in_features
         self._normalize = agent._normalize if agent.normalized else None
         code = TANH if trunk.activation is torch.tanh else RELU
         self._layers: list[tuple[Array, Array, int]] = []
@@ -45,6 +48,11 @@ class FusedNetwork:
         if self._normalize is not None:
             observation = self._normalize(torch.from_numpy(observation)).numpy()
         y = np.ascontiguousarray(observation, np.float32)
+        if y.shape[1:] != (self.in_features,):
+            raise UserError(
+                f"an observation has shape {y.shape[1:]} where its space says ({self.in_features},): mend "
+                "the environment"
+            )
         for weight, bias, activation in self._layers:
             y = self._layer_of(y, weight, bias, activation)
         return torch.from_numpy(y)
@@ -78,14 +86,16 @@ def _fuse(
 ) -> FusedNetwork | None:
     if encoder is None or type(trunk) is not MLP or trunk.activation not in (torch.tanh, torch.relu):
         return None
-    plain = encoder.parts[0]
+    plain = encoder.parts[0] if type(encoder) is Encoder else None
     if type(plain) is not Flat or plain.event_dims != 1 or encoder.is_dict or encoder.project is not None:
         return None
     if any(type(layer) is not nn.Linear for layer in (*trunk.layers, head)):
         return None
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (*encoder.modules(), *trunk.modules(), head)):
+    modules = (agent.policy, *encoder.modules(), *trunk.modules(), head)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return None
-    weights = [*trunk.parameters(), *head.parameters()]
-    if weights[0].dtype != torch.float32 or not can_be_compiled(*weights):
+    layers = cast(list[nn.Linear], [*trunk.layers, head])
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if not are_layers(plain.out_features, weights, biases) or not can_be_compiled(*weights, *biases):
         return None
-    return FusedNetwork(agent, trunk, cast(nn.Linear, head))
+    return FusedNetwork(agent, trunk, cast(nn.Linear, head)) if weights[0].dtype == torch.float32 else None

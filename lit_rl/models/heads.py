@@ -114,7 +114,8 @@ class Categorical(PolicyHead):
 
 def _categorical_terms(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of logits ``[..., P]`` and actions ``[...]``."""
-    if action.is_cpu and logits.numel() and logits.shape[:-1] == action.shape and can_be_compiled(logits):
+    is_plain = action.is_cpu and action.dtype == torch.int64 and logits.shape[:-1] == action.shape
+    if is_plain and logits.numel() and can_be_compiled(logits):
         from lit_rl.compiled.losses import compiled_categorical
 
         return compiled_categorical(logits, action)

@@ -6,7 +6,7 @@ Shapes: B rows, T time steps, F input features, D output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -64,7 +64,7 @@ class MLP(Trunk):
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         layers = cast(list[nn.Linear], list(self.layers))
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        if self._is_compiled(x, *weights, *biases):
+        if self._is_compiled(x, weights, biases):
             from lit_rl.compiled.perceptron import RELU, TANH, compiled_layers
 
             code = TANH if self.activation is torch.tanh else RELU
@@ -74,12 +74,24 @@ class MLP(Trunk):
             x = self.activation(linear(x, weight, bias))
         return x, state
 
-    def _is_compiled(self, x: Tensor, *parameters: Tensor) -> bool:
+    def _is_compiled(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
         """Whether loops compiled by numba are the quicker way, and can be."""
         if self.activation not in (torch.tanh, torch.relu) or torch.is_autocast_enabled("cpu"):
             return False
-        if x.ndim != 3 or x.shape[2] != self.in_features or x.shape[0] * x.shape[1] < FEW:
+        if x.ndim != 3 or x.shape[0] * x.shape[1] < FEW:
             return False
         if x.shape[0] * x.shape[1] * self.out_features * max(self.in_features, self.out_features) > MOST:
             return False
-        return can_be_compiled(x, *parameters)
+        return are_layers(x.shape[2], weights, biases) and can_be_compiled(x, *weights, *biases)
+
+
+def are_layers(in_features: int, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> bool:
+    """Whether weights ``[D, F]`` and biases ``[D]`` fit one another: compiled loops check no shape."""
+    width = in_features
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight is None or bias is None or weight.ndim != 2 or weight.shape[1] != width:
+            return False
+        width = weight.shape[0]
+        if bias.shape != (width,):
+            return False
+    return True

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from lit_rl.compiled.losses import compiled_categorical, compiled_ppo_loss, compiled_td_loss
-from lit_rl.losses import clipped_surrogate, value_loss
+from lit_rl.losses import clipped_surrogate, ppo_loss, value_loss
 from lit_rl.models import heads
 from lit_rl.models.q_heads import ExpectedQ
 
@@ -104,7 +104,32 @@ def test_many_samples_in_float32() -> None:
 def test_a_loss_of_what_is_not_a_number_is_none(of: int) -> None:
     given = samples(5)
     given[of][2] = torch.nan
-    assert compiled_ppo_loss(*given, 0.2, 0.3, 0.7, 0.03)[0].isnan()
+    learnt = [part.requires_grad_() for part in given[:3]]
+    loss = compiled_ppo_loss(*given, 0.2, 0.3, 0.7, 0.03)[0]
+    assert loss.isnan()
+    grads = [grad[2].isnan().item() for grad in torch.autograd.grad(loss, learnt)]
+    # As by the tensor operations: an old value reaches the loss alone, the entropy's gradient is constant.
+    assert grads == [of in (0, 3, 5), of in (1, 6), False]
+
+
+def test_terms_may_be_changed_in_place() -> None:
+    terms = compiled_ppo_loss(*samples(5), 0.2, None, 0.7, 0.03)
+    was = terms[0].item(), terms[1].item()
+    terms[0].add_(1)
+    assert (terms[0].item(), terms[1].item()) == (was[0] + 1, was[1])
+
+
+@pytest.mark.parametrize("of", [2, 5])
+def test_shapes_that_differ_are_left_to_torch(of: int) -> None:
+    """One number for all rows is spread over them, as ever."""
+    given = samples(6)
+    given[of] = given[of][:1]
+    names = ("old_log_prob", "old_value", "advantage", "target")
+    named = dict(zip(names, given[3:], strict=True))
+    terms = ppo_loss(*given[:3], **named, clip=0.2, value_clip=None, value_coef=0.7, entropy_coef=0.03)
+    given[of] = given[of].expand(6)
+    expected = compiled_ppo_loss(*given, 0.2, None, 0.7, 0.03)
+    torch.testing.assert_close(terms.loss, expected[0])
 
 
 def test_a_ratio_beyond_all_numbers_is_infinite() -> None:

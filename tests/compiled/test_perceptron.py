@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lit_rl.compiled.perceptron import (
     FEATURES_TO_TRANSPOSE,
@@ -69,6 +70,23 @@ def test_second_derivatives(activation: int) -> None:
     assert torch.autograd.gradgradcheck(f, (x, *weights, *biases))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_inputs_that_depend_on_one_another(create_graph: bool) -> None:
+    """The same weights twice, in two calls and in one, and an input that is made of them."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    (W,), (b,) = parameters_of(4, 4, 1)
+    cases = {
+        "two calls": lambda layers: layers(layers(x, [W], [b], TANH), [W], [b], TANH),
+        "one call": lambda layers: layers(x, [W, W], [b, b], TANH),
+        "input": lambda layers: layers(x @ W, [W], [b], TANH),
+    }
+    for name, case in cases.items():
+        found = torch.autograd.grad(case(compiled_layers).sum(), [W, b], create_graph=create_graph)
+        expected = torch.autograd.grad(case(by_torch).sum(), [W, b])
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0, msg=name)
+
+
 def test_gradients_are_asked_for_one_by_one() -> None:
     """Also where some inputs want none, with and without a second derivative."""
     torch.manual_seed(0)
@@ -118,10 +136,43 @@ def test_functional_transforms_go_by_torch() -> None:
     torch.testing.assert_close(list(grads.values()), list(expected), atol=2e-5, rtol=1e-5)
 
 
-def test_a_wrong_width_is_told_by_torch() -> None:
-    trunk = MLP(4)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        trunk(torch.randn(2, FEW, 3), trunk.initial_state(2), torch.zeros(2, FEW, dtype=torch.bool))
+@pytest.mark.parametrize("fault", ["input", "layer", "bias"])
+def test_a_wrong_width_is_told_by_torch(fault: str) -> None:
+    trunk, x = MLP(4, d_model=8), torch.randn(2, FEW, 3 if fault == "input" else 4)
+    if fault == "layer":
+        trunk.layers[1] = torch.nn.Linear(50, 8)
+    if fault == "bias":
+        trunk.layers[1].bias = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        trunk(x, trunk.initial_state(2), torch.zeros(2, FEW, dtype=torch.bool))
+
+
+def test_layers_without_bias() -> None:
+    trunk = MLP(4, d_model=8)
+    trunk.layers[1] = torch.nn.Linear(8, 8, bias=False)
+    x, is_init = torch.randn(2, FEW, 4), torch.zeros(2, FEW, dtype=torch.bool)
+    expected = torch.tanh(torch.tanh(trunk.layers[0](x)) @ trunk.layers[1].weight.t())
+    torch.testing.assert_close(trunk(x, trunk.initial_state(2), is_init)[0], expected)
+
+
+def test_forward_mode_goes_by_torch() -> None:
+    trunk = MLP(4, d_model=8)
+    x, is_init = torch.randn(2, FEW, 4), torch.zeros(2, FEW, dtype=torch.bool)
+    direction = torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        y, _ = trunk(forward_ad.make_dual(x, direction), trunk.initial_state(2), is_init)
+        slope = forward_ad.unpack_dual(y).tangent
+    near = [trunk(x + step * direction, trunk.initial_state(2), is_init)[0] for step in (1e-2, -1e-2)]
+    torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-2, atol=1e-3, rtol=1e-2)
+
+
+def test_long_sums_of_equal_terms_keep_their_digits() -> None:
+    trunk, N = MLP(1, d_model=2, n_layers=1, activation="relu"), 2**17
+    with torch.no_grad():
+        trunk.layers[0].bias.fill_(5.0)
+    y, _ = trunk(torch.zeros(1, N, 1), trunk.initial_state(1), torch.zeros(1, N, dtype=torch.bool))
+    (0.1 * y).sum().backward()
+    assert trunk.layers[0].bias.grad.tolist() == pytest.approx([0.1 * N] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)

@@ -6,6 +6,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.fused import fused
 from lit_rl.trunks import GRU, MLP
@@ -95,6 +96,24 @@ def half_swapped() -> ActorCritic:
     return agent
 
 
+def hooked_policy() -> ActorCritic:
+    agent = make()
+    agent.policy.register_forward_hook(lambda *_: None)
+    return agent
+
+
+def without_bias() -> ActorCritic:
+    agent = make()
+    agent.value_head = nn.Linear(8, 1, bias=False)
+    return agent
+
+
+def other_widths() -> ActorCritic:
+    agent = make()
+    agent.trunk.layers[1] = nn.Linear(30, 8)
+    return agent
+
+
 class Doubled(MLP):
     def forward(self, x, state, is_init):
         y, state = super().forward(x, state, is_init)
@@ -112,13 +131,24 @@ OTHERS = {
     "one-hot": lambda: make(spaces.Discrete(3)),
     "float64": lambda: make().double(),
     "hook": hooked,
+    "hooked policy": hooked_policy,
     "head": half_swapped,
+    "no bias": without_bias,
+    "widths": other_widths,
 }
 
 
 @pytest.mark.parametrize("agent", OTHERS.values(), ids=OTHERS)
 def test_others_are_left_to_torch(agent) -> None:
     assert fused(agent()) is None
+
+
+@pytest.mark.parametrize("width", [2, 9])
+def test_observations_of_another_shape_are_told(width: int) -> None:
+    networks = fused(make())
+    assert networks is not None
+    with pytest.raises(UserError, match=rf"shape \({width},\) where its space says \(3,\)"):
+        networks.policy(np.zeros((4, width), np.float32))
 
 
 def test_autocast_is_left_to_torch() -> None:
