@@ -37,6 +37,7 @@ from lit_rl.callbacks import (
 from lit_rl.data import EnvDataModule, RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
+from lit_rl.memory import keep_freed_memory
 
 LOGS = Path("logs")
 # What an evaluation takes from the checkpoint's configuration; the Trainer is the present command's own.
@@ -115,6 +116,7 @@ class LitRLCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         torch.set_num_threads(self.options.torch_threads)
+        keep_freed_memory()
         self.version: str | None = None
         if self.subcommand == "fit" and self.options.ckpt_path in ("last", "best"):
             run = LOGS / self.options.name
