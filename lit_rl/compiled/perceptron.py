@@ -43,11 +43,15 @@ def compiled_layers(
 
 def layer_of(x: Array, weight: Array, bias: Array, activation: int) -> Array:
     """``f(W x + b)``, without gradient."""
+    y = np.empty((len(x), len(weight)), x.dtype)
+    _fill_layer(x, weight, bias, activation, y)
+    return y
+
+
+def _fill_layer(x: Array, weight: Array, bias: Array, activation: int, y: Array) -> None:
     D, F = weight.shape
     is_transposed = len(x) >= ROWS_TO_TRANSPOSE and F <= FEATURES_TO_TRANSPOSE
-    y = np.empty((len(x), D), x.dtype)
     _layer(x, weight, bias, activation, np.empty((F if is_transposed else 0, D), x.dtype), y)
-    return y
 
 
 class _CompiledLayers(torch.autograd.Function):
@@ -55,10 +59,12 @@ class _CompiledLayers(torch.autograd.Function):
     def forward(ctx: Any, x_NF: Tensor, activation: int, *weights_and_biases: Tensor) -> Tensor:
         x, *parameters = arrays(x_NF.contiguous(), *(p.contiguous() for p in weights_and_biases))
         layers = len(parameters) // 2
-        outputs = []
+        outputs: list[Tensor] = []
         for weight, bias in zip(parameters[:layers], parameters[layers:], strict=True):
-            x = layer_of(x, weight, bias, activation)
-            outputs.append(torch.from_numpy(x))
+            outputs.append(x_NF.new_empty(len(x), len(weight)))  # by torch, which counts what is kept
+            y = outputs[-1].numpy()
+            _fill_layer(x, weight, bias, activation, y)
+            x = y
         ctx.activation = activation
         ctx.save_for_backward(x_NF, *weights_and_biases, *outputs)
         return outputs[-1]
