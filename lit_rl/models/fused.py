@@ -1,6 +1,6 @@
 """Multilayer perceptrons as one compiled call, for rollouts on the CPU.
 
-Where environments are cheap, the dozen small operations of an acting step cost as much as they do.
+Where environments are cheap, the dozen small operations of an acting step are a large part of collecting.
 
 Shapes: N observations, F features, L layers of width D, P numbers that the head gives.
 """
