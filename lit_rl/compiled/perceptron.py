@@ -32,13 +32,7 @@ def compiled_layers(
     x_NF: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: int
 ) -> Tensor:
     """``f(W_L .. f(W_1 x + b_1) .. + b_L)``, ``[N, D]``; all on the CPU, float32 or float64."""
-    if torch.is_grad_enabled():
-        return _CompiledLayers.apply(x_NF, activation, *weights, *biases)
-    (y,) = arrays(x_NF.contiguous())
-    for weight, bias in zip(weights, biases, strict=True):
-        w, b = arrays(weight.contiguous(), bias.contiguous())
-        y = layer_of(y, w, b, activation)
-    return torch.from_numpy(y)
+    return _CompiledLayers.apply(x_NF, activation, *weights, *biases)
 
 
 def layer_of(x: Array, weight: Array, bias: Array, activation: int) -> Array:
