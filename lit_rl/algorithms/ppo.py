@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
+from lit_rl.algorithms.fused_ppo import FusedPPOLoss, fused_ppo_loss
 from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
@@ -155,6 +156,7 @@ class LitPPO(LitAgent):
         self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
+        self.compile_loss = compile_loss
         self._minibatch_loss = torch.compile(self._loss) if compile_loss else self._loss
         self._ready_at = time.perf_counter()
 
@@ -259,6 +261,7 @@ class LitPPO(LitAgent):
         # Not through Lightning's wrappers of backward and step, which cost as much as the step itself.
         optimizer = self.trainer.optimizers[0]
         parameters = list(self.agent.parameters())
+        fused_loss = self._fused_loss(M * columns_NT[keys.ADVANTAGE].shape[1])
         memoryless = [self.agent.initial_state(M)] * self.num_minibatches if self.agent.is_memoryless else []
         losses: list[Tensor] = []
         grad_norms: list[float] = []
@@ -273,8 +276,11 @@ class LitPPO(LitAgent):
             states = memoryless if self.agent.is_memoryless else state_N[order].split(M)
             for columns_MT, state_M in zip(minibatches, states, strict=True):
                 steps_MT = dict(zip(LEARNT_FROM, columns_MT, strict=True))
-                loss, measured, log_ratio_MT = self._minibatch_loss(steps_MT, state_M, clip, entropy_coef)
-                loss.backward()
+                if fused_loss is not None:
+                    loss, measured, log_ratio_MT = fused_loss(steps_MT, clip, entropy_coef)
+                else:
+                    loss, measured, log_ratio_MT = self._minibatch_loss(steps_MT, state_M, clip, entropy_coef)
+                    loss.backward()
                 grad_norms.append(average_and_clip(parameters, self.max_grad_norm))
                 if not math.isfinite(grad_norms[-1]):
                     raise UserError(self._not_finite(loss, measured))
@@ -328,6 +334,12 @@ class LitPPO(LitAgent):
             loss = loss + auxiliary
             measured["auxiliary_loss"] = auxiliary.detach()
         return loss, measured, terms.log_ratio
+
+    def _fused_loss(self, rows: int) -> FusedPPOLoss | None:
+        """What gives loss and gradients of so many steps at once, where there is such a thing."""
+        if type(self)._loss is not LitPPO._loss or self.compile_loss:
+            return None
+        return fused_ppo_loss(self.agent, rows, value_clip=self.value_clip, value_coef=self.value_coef)
 
     def _not_finite(self, loss: Tensor, measured: dict[str, Tensor]) -> str:
         bad = [key for key, value in measured.items() if not value.isfinite()]

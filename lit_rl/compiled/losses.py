@@ -69,6 +69,39 @@ def compiled_td_loss(
     return _CompiledTDLoss.apply(out, action, reward, discount, bootstrap, weight, counts, is_clipped)
 
 
+def categorical_ppo_loss(
+    logits: Array,
+    value: Array,
+    action: Array,
+    old_log_prob: Array,
+    old_value: Array,
+    advantage: Array,
+    target: Array,
+    *,
+    clip: float,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+) -> tuple[Array, Array, Array, Array]:
+    """`lit_rl.losses.ppo_loss` of a categorical policy, without autograd.
+
+    Returns:
+        loss, policy loss, value loss and entropy ``[4]``; the log ratio ``[N]``; the gradients of logits
+        ``[N, P]`` and values ``[N]``.
+    """
+    n, dtype = len(value), value.dtype
+    log_p = np.empty(logits.shape, dtype)
+    log_prob, entropy, log_ratio, grad_log_prob, grad_value = np.empty((5, n), dtype)
+    totals = np.empty(4, dtype)
+    _categorical(logits, action, log_p, log_prob, entropy)
+    coefficients = (clip, -1.0 if value_clip is None else value_clip, value_coef, entropy_coef)
+    given = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
+    _ppo_loss(*given, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
+    grad_entropy, grad_logits = np.full(n, -entropy_coef / n, dtype), np.empty(logits.shape, dtype)
+    _categorical_backward(log_p, action, entropy, grad_log_prob, grad_entropy, grad_logits)
+    return totals, log_ratio, grad_logits, grad_value
+
+
 class _CompiledCategorical(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:

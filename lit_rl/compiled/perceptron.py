@@ -75,17 +75,17 @@ class _CompiledLayers(torch.autograd.Function):
         for layer in reversed(range(layers)):
             below, wants_x = (outputs[layer - 1], True) if layer else (x, ctx.needs_input_grad[0])
             step = (grad, below, outputs[layer], weights[layer])
-            grad, grad_weight, grad_bias = _layer_gradients(*step, ctx.activation, wants_x=wants_x)
+            grad, grad_weight, grad_bias = layer_gradients(*step, ctx.activation, wants_x=wants_x)
             found.append((grad_weight, grad_bias))
         grad_weights, grad_biases = zip(*reversed(found), strict=True)
         grads = map(torch.from_numpy, (*grad_weights, *grad_biases))
         return torch.from_numpy(grad) if ctx.needs_input_grad[0] else None, None, *grads
 
 
-def _layer_gradients(
+def layer_gradients(
     grad_y: Array, x: Array, y: Array, weight: Array, activation: int, *, wants_x: bool
 ) -> tuple[Array, Array, Array]:
-    """Those of x (empty unless wanted), weight and bias."""
+    """Those of x (empty unless wanted), weight and bias, from what `layer_of` was given and gave."""
     grad_x = np.zeros(x.shape if wants_x else (0, 0), x.dtype)
     grad_weight, grad_bias = np.zeros(weight.shape, x.dtype), np.zeros(len(weight))  # a long sum, in float64
     room = np.empty(weight.shape if len(x) > PART else (0, 0), x.dtype)
@@ -159,9 +159,12 @@ def _layer_backward(
         if activation == TANH:
             for d in range(grad_i.shape[0]):
                 grad_i[d] = grad_y_i[d] * (one - y_i[d] * y_i[d])
-        else:
+        elif activation == RELU:
             for d in range(grad_i.shape[0]):
                 grad_i[d] = grad_y_i[d] if y_i[d] > zero else zero
+        else:
+            for d in range(grad_i.shape[0]):
+                grad_i[d] = grad_y_i[d]
         for d in range(grad_bias.shape[0]):
             grad_bias[d] += grad_i[d]
     if room.shape[0] > 0:

@@ -1,13 +1,14 @@
-"""Multilayer perceptrons as one compiled call, for rollouts on the CPU.
+"""Policy and value of two multilayer perceptrons by compiled calls on the CPU, for acting and for learning.
 
-Where environments are cheap, the dozen small operations of an acting step are a large part of collecting.
+Where environments and networks are small, the dozens of small operations of an acting step or an update
+cost more than their arithmetic.
 
-Shapes: N observations, F features, L layers of width D, P numbers that the head gives.
+Shapes: N observations, T steps, F features, L layers of width D, P numbers that a head gives.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,48 +20,72 @@ from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
 from lit_rl.trunks import MLP, Trunk
-from lit_rl.trunks.mlp import are_layers
+from lit_rl.trunks.mlp import MOST, are_layers
 
 
 class FusedNetwork:
     """A head on an `MLP`, with the weights that they have now: make one for each rollout.
 
     Args:
-        agent: whose normalisation of observations comes before.
         trunk: with tanh or ReLU.
         head: a linear map.
     """
 
-    def __init__(self, agent: ActorCritic, trunk: MLP, head: nn.Linear) -> None:
-        from lit_rl.compiled.perceptron import IDENTITY, RELU, TANH, layer_of
+    def __init__(self, trunk: MLP, head: nn.Linear) -> None:
+        from lit_rl.compiled.perceptron import IDENTITY, RELU, TANH, layer_gradients, layer_of
 
-        self._layer_of = layer_of
-        self.in_features = trunk.in_features
-        self._normalize = agent._normalize if agent.normalized else None
+        self._layer_of, self._layer_gradients = layer_of, layer_gradients
         code = TANH if trunk.activation is torch.tanh else RELU
+        self.modules = (*cast(list[nn.Linear], list(trunk.layers)), head)
         self._layers: list[tuple[Array, Array, int]] = []
-        for layer in (*cast(list[nn.Linear], list(trunk.layers)), head):
+        for layer in self.modules:
             weight, bias = arrays(layer.weight.contiguous(), layer.bias)
             self._layers.append((weight, bias, IDENTITY if layer is head else code))
 
-    def __call__(self, observation: np.ndarray) -> Tensor:
-        """What the head gives ``[N, P]`` for observations ``[N, F]``."""
+    def __call__(self, x: Array) -> list[Array]:
+        """`x` ``[N, F]`` and what each layer makes of it, the head's ``[N, P]`` last."""
+        outputs = [x]
+        for weight, bias, activation in self._layers:
+            outputs.append(self._layer_of(outputs[-1], weight, bias, activation))
+        return outputs
+
+    def set_gradients(self, outputs: list[Array], grad: Array) -> None:
+        """Of all weights and biases, from the `outputs` of a call and the gradient of the last of them."""
+        for k in reversed(range(len(self._layers))):
+            (weight, _, activation), (x, y) = self._layers[k], outputs[k : k + 2]
+            step = (grad, x, y, weight, activation)
+            grad, grad_weight, grad_bias = self._layer_gradients(*step, wants_x=k > 0)
+            self.modules[k].weight.grad = torch.from_numpy(grad_weight)
+            self.modules[k].bias.grad = torch.from_numpy(grad_bias)
+
+
+class FusedActorCritic:
+    """The two networks of an `ActorCritic` whose critic shares nothing with its policy."""
+
+    def __init__(self, agent: ActorCritic, policy: FusedNetwork, value: FusedNetwork) -> None:
+        self._normalize = agent._normalize if agent.normalized else None
+        self._in_features = agent.trunk.in_features
+        self.policy_layers, self.value_layers = policy, value
+
+    def policy(self, observation: np.ndarray) -> Tensor:
+        """The policy's parameters ``[N, P]`` for observations ``[N, F]``."""
+        return torch.from_numpy(self.policy_layers(self.features(observation))[-1])
+
+    def value(self, observation: np.ndarray) -> Tensor:
+        """Values ``[N, 1]`` of observations ``[N, F]``."""
+        return torch.from_numpy(self.value_layers(self.features(observation))[-1])
+
+    def features(self, observation: np.ndarray) -> Array:
+        """What both networks are given, ``[N, F]`` in float32."""
         if self._normalize is not None:
             observation = self._normalize(torch.from_numpy(observation)).numpy()
-        y = np.ascontiguousarray(observation, np.float32)
-        if y.shape[1:] != (self.in_features,):
+        x = np.ascontiguousarray(observation, np.float32)
+        if x.shape[1:] != (self._in_features,):
             raise UserError(
-                f"an observation has shape {y.shape[1:]} where its space says ({self.in_features},): mend "
+                f"an observation has shape {x.shape[1:]} where its space says ({self._in_features},): mend "
                 "the environment"
             )
-        for weight, bias, activation in self._layers:
-            y = self._layer_of(y, weight, bias, activation)
-        return torch.from_numpy(y)
-
-
-class FusedActorCritic(NamedTuple):
-    policy: FusedNetwork
-    value: FusedNetwork
+        return x
 
 
 def fused(agent: ActorCritic) -> FusedActorCritic | None:
@@ -78,7 +103,33 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     else:
         return None
     value = _fuse(agent, agent.value_encoder, agent.value_trunk, agent.value_head)
-    return FusedActorCritic(policy, value) if policy is not None and value is not None else None
+    return FusedActorCritic(agent, policy, value) if policy is not None and value is not None else None
+
+
+def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None:
+    """Like `fused`, for updates on so many steps; None also where autograd is watched or weights are shared.
+
+    Also where a layer is so large that torch is quicker.
+    """
+    networks = fused(agent)
+    if networks is None:
+        return None
+    layers = [*networks.policy_layers.modules, *networks.value_layers.modules]
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        return None
+    if any(rows * layer.weight.shape[0] * max(layer.weight.shape) > MOST for layer in layers):
+        return None
+    if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
+        return None
+    if agent._forward_hooks or agent._forward_pre_hooks:
+        return None
+    for parameter in parameters:
+        if not parameter.requires_grad or not parameter.is_contiguous():
+            return None
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return None
+    return networks
 
 
 def _fuse(
@@ -98,4 +149,4 @@ def _fuse(
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if not are_layers(plain.out_features, weights, biases) or not can_be_compiled(*weights, *biases):
         return None
-    return FusedNetwork(agent, trunk, cast(nn.Linear, head)) if weights[0].dtype == torch.float32 else None
+    return FusedNetwork(trunk, cast(nn.Linear, head)) if weights[0].dtype == torch.float32 else None
