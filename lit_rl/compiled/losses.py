@@ -1,9 +1,10 @@
-"""What PPO and DQN descend, compiled by numba: a categorical policy's terms, PPO's loss, a TD loss.
+"""What PPO and DQN descend, compiled by numba: a policy's terms, PPO's loss, a TD loss.
 
 The equations are those of `lit_rl.models.heads`, `lit_rl.losses` and `lit_rl.algorithms.window_loss`; written
 as tensor operations, some forty small ones an update cost as much as the products of a small network.
 
-Arrays: logits, log_p [N, P]; out [N, A]; action [N]; all else [N], but for totals. A name with `grad_` before
+Arrays: logits, log_p, mean, z [N, P]; log_std [P]; out [N, A]; action [N], of a Gaussian [N, P]; all else
+[N], but for totals. A name with `grad_` before
 it is the gradient of what the rest names.
 """
 
@@ -69,46 +70,61 @@ def compiled_td_loss(
     return _CompiledTDLoss.apply(out, action, reward, discount, bootstrap, weight, counts, is_clipped)
 
 
-def categorical_ppo_loss(
-    logits: Array,
-    value: Array,
-    action: Array,
-    old_log_prob: Array,
-    old_value: Array,
-    advantage: Array,
-    target: Array,
-    *,
-    clip: float,
-    value_clip: float | None,
-    value_coef: float,
-    entropy_coef: float,
+def categorical_terms(logits: Array, action: Array) -> tuple[Array, Array, Array]:
+    """Log-probabilities of all actions ``[N, P]`` and of those taken, and entropies."""
+    log_p = np.empty(logits.shape, logits.dtype)
+    log_prob, entropy = np.empty((2, len(action)), logits.dtype)
+    _categorical(logits, action, log_p, log_prob, entropy)
+    return log_p, log_prob, entropy
+
+
+def categorical_gradient(
+    log_p: Array, action: Array, entropy: Array, grad_log_prob: Array, grad_entropy: Array
+) -> Array:
+    """That of the logits, from what `categorical_terms` gave."""
+    grad_logits = np.empty(log_p.shape, log_p.dtype)
+    _categorical_backward(log_p, action, entropy, grad_log_prob, grad_entropy, grad_logits)
+    return grad_logits
+
+
+def gaussian_terms(mean: Array, log_std: Array, action: Array) -> tuple[Array, Array, Array]:
+    """``z = (action - mean) / std`` ``[N, P]``, log-densities and entropies of a diagonal Gaussian."""
+    z, log_prob, inverse = np.empty(mean.shape, mean.dtype), np.empty(len(mean), mean.dtype), np.exp(-log_std)
+    log_scale = (log_std + 0.5 * math.log(2 * math.pi)).sum(dtype=float)
+    _gaussian(mean, inverse, log_scale, action, z, log_prob)
+    return z, log_prob, np.full(len(mean), log_scale + 0.5 * len(log_std), mean.dtype)
+
+
+def gaussian_gradients(
+    z: Array, log_std: Array, grad_log_prob: Array, grad_entropy: Array
+) -> tuple[Array, Array]:
+    """Those of mean and log_std, from what `gaussian_terms` gave."""
+    grad_mean, grad_log_std = np.empty(z.shape, z.dtype), np.full(len(log_std), grad_entropy.sum(dtype=float))
+    _gaussian_backward(z, np.exp(-log_std), grad_log_prob, grad_mean, grad_log_std)
+    return grad_mean, grad_log_std.astype(z.dtype)
+
+
+def ppo_loss_and_gradients(
+    *terms: Array, clip: float, value_clip: float | None, value_coef: float, entropy_coef: float
 ) -> tuple[Array, Array, Array, Array]:
-    """`lit_rl.losses.ppo_loss` of a categorical policy, without autograd.
+    """`lit_rl.losses.ppo_loss` of its seven tensors as arrays, in its order.
 
     Returns:
-        loss, policy loss, value loss and entropy ``[4]``; the log ratio ``[N]``; the gradients of logits
-        ``[N, P]`` and values ``[N]``.
+        loss, policy loss, value loss and entropy ``[4]``; the log ratio; the gradients of `log_prob` and
+        `value`. That of each entropy is ``-entropy_coef / N``.
     """
-    n, dtype = len(value), value.dtype
-    log_p = np.empty(logits.shape, dtype)
-    log_prob, entropy, log_ratio, grad_log_prob, grad_value = np.empty((5, n), dtype)
-    totals = np.empty(4, dtype)
-    _categorical(logits, action, log_p, log_prob, entropy)
+    log_ratio, grad_log_prob, grad_value = np.empty((3, len(terms[0])), terms[0].dtype)
+    totals = np.empty(4, log_ratio.dtype)
     coefficients = (clip, -1.0 if value_clip is None else value_clip, value_coef, entropy_coef)
-    given = (log_prob, value, entropy, old_log_prob, old_value, advantage, target)
-    _ppo_loss(*given, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
-    grad_entropy, grad_logits = np.full(n, -entropy_coef / n, dtype), np.empty(logits.shape, dtype)
-    _categorical_backward(log_p, action, entropy, grad_log_prob, grad_entropy, grad_logits)
-    return totals, log_ratio, grad_logits, grad_value
+    _ppo_loss(*terms, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
+    return totals, log_ratio, grad_log_prob, grad_value
 
 
 class _CompiledCategorical(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         logits_NP, action_N = logits.detach().numpy().reshape(-1, logits.shape[-1]), _flat(action)
-        log_p_NP = np.empty(logits_NP.shape, logits_NP.dtype)
-        log_prob, entropy = np.empty((2, len(action_N)), logits_NP.dtype)
-        _categorical(logits_NP, action_N, log_p_NP, log_prob, entropy)
+        log_p_NP, log_prob, entropy = categorical_terms(logits_NP, action_N)
         terms = _tensor(log_prob, action.shape), _tensor(entropy, action.shape)
         ctx.save_for_backward(torch.from_numpy(log_p_NP), action, terms[1])
         ctx.shape = logits.shape
@@ -118,11 +134,8 @@ class _CompiledCategorical(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_log_prob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:
         log_p, action, entropy = ctx.saved_tensors
-        log_p_NP = log_p.numpy()
-        grad_logits_NP = np.empty(log_p_NP.shape, log_p_NP.dtype)
         rows = (_flat(t) for t in (action, entropy, grad_log_prob, grad_entropy))
-        _categorical_backward(log_p_NP, *rows, grad_logits_NP)
-        return _tensor(grad_logits_NP, ctx.shape), None
+        return _tensor(categorical_gradient(log_p.numpy(), *rows), ctx.shape), None
 
 
 class _CompiledPPOLoss(torch.autograd.Function):
@@ -144,13 +157,12 @@ class _CompiledPPOLoss(torch.autograd.Function):
         entropy_coef: float,
     ) -> tuple[Tensor, ...]:
         given = [_flat(t) for t in (log_prob, value, entropy, old_log_prob, old_value, advantage, target)]
-        n, dtype, shape = len(given[0]), given[0].dtype, log_prob.shape
-        log_ratio, grad_log_prob, grad_value = np.empty((3, n), dtype)
-        totals = np.empty(4, dtype)
-        coefficients = (clip, -1.0 if value_clip is None else value_clip, value_coef, entropy_coef)
-        _ppo_loss(*given, log_ratio, grad_log_prob, grad_value, totals, *coefficients)
+        totals, log_ratio, grad_log_prob, grad_value = ppo_loss_and_gradients(
+            *given, clip=clip, value_clip=value_clip, value_coef=value_coef, entropy_coef=entropy_coef
+        )
+        shape = log_prob.shape
         ctx.save_for_backward(_tensor(grad_log_prob, shape), _tensor(grad_value, shape))
-        ctx.entropy_share = entropy_coef / n
+        ctx.entropy_share = entropy_coef / len(log_ratio)
         told = (*(torch.from_numpy(totals[k, ...]) for k in range(4)), _tensor(log_ratio, shape))
         ctx.mark_non_differentiable(*told[1:])
         return told
@@ -236,6 +248,30 @@ def _categorical_backward(
             grad_i[k] = -exp(row[k]) * (grad_log_prob[i] + (row[k] + entropy[i]) * grad_entropy[i])
         if 0 <= action[i] < row.shape[0]:
             grad_i[action[i]] += grad_log_prob[i]
+
+
+@jit_in_order
+def _gaussian(
+    mean: Array, inverse: Array, log_scale: float, action: Array, z: Array, log_prob: Array
+) -> None:
+    """`inverse` is ``1 / std [P]``; ``log p = -|z|^2 / 2 - log_scale``."""
+    for i in range(mean.shape[0]):
+        squares = 0.0
+        for k in range(mean.shape[1]):
+            z[i, k] = (action[i, k] - mean[i, k]) * inverse[k]
+            squares += z[i, k] * z[i, k]
+        log_prob[i] = -0.5 * squares - log_scale
+
+
+@jit_in_order
+def _gaussian_backward(
+    z: Array, inverse: Array, grad_log_prob: Array, grad_mean: Array, grad_log_std: Array
+) -> None:
+    """``d log p / d mean = z / std`` and ``d log p / d log_std = z^2 - 1``; adds to the last."""
+    for i in range(z.shape[0]):
+        for k in range(z.shape[1]):
+            grad_mean[i, k] = grad_log_prob[i] * z[i, k] * inverse[k]
+            grad_log_std[k] += grad_log_prob[i] * (z[i, k] * z[i, k] - 1.0)
 
 
 @jit_in_order

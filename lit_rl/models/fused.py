@@ -115,8 +115,7 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
     if networks is None:
         return None
     layers = [*networks.policy_layers.modules, *networks.value_layers.modules]
-    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-    if len({id(parameter) for parameter in parameters}) < len(parameters):
+    if len({id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)}) < 2 * len(layers):
         return None
     if any(rows * layer.weight.shape[0] * max(layer.weight.shape) > MOST for layer in layers):
         return None
@@ -124,7 +123,7 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
         return None
     if agent._forward_hooks or agent._forward_pre_hooks:
         return None
-    for parameter in parameters:
+    for parameter in agent.parameters():
         if not parameter.requires_grad or not parameter.is_contiguous():
             return None
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
