@@ -151,8 +151,8 @@ class ResidualTrunk(Trunk):
         self._state_shapes = {key: (n_layers, *leaf.shape[1:]) for key, leaf in of_one_row.items()}
 
     def initial_state(self, batch_size: int) -> TensorDict:
-        zero = self.norm_f.weight.new_zeros
-        leaves = {key: zero(batch_size, *shape) for key, shape in self._state_shapes.items()}
+        memories = [block.mixer.initial_state(batch_size) for block in self.layers]
+        leaves = {key: _stack([memory[key] for memory in memories]) for key in self._state_shapes}
         return TensorDict(leaves, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:

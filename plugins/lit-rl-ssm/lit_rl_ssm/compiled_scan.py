@@ -34,7 +34,9 @@ def compiled_scan(
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `selective_scan.selective_scan`; all on the CPU, float32 or float64."""
-    return _CompiledScan.apply(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN, is_init_BT)
+    tensors = (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN)
+    is_learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _CompiledScan.apply(*tensors, is_init_BT, is_learning)
 
 
 class _CompiledScan(torch.autograd.Function):
@@ -48,29 +50,35 @@ class _CompiledScan(torch.autograd.Function):
         C_BTN: Tensor,
         h_BEN: Tensor,
         is_init_BT: Tensor,
+        is_learning: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = [t.contiguous() for t in (u_BTE, dt_BTE, A_EN.t(), B_BTN, C_BTN, is_init_BT)]
         h_BNE = h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         y_BTE = inputs[0].new_empty(u_BTE.shape)
         B, T, E = u_BTE.shape
-        marks = h_BNE.new_empty(B, -(-T // CHUNK), *h_BNE.shape[1:])
+        marks = h_BNE.new_empty(B, -(-T // CHUNK) if is_learning else 0, *h_BNE.shape[1:])
         _forward(*arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(E)))
         ctx.save_for_backward(*inputs, marks)
+        ctx.set_materialize_grads(False)
         return y_BTE, h_BNE.transpose(1, 2)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_y_BTE: Tensor, grad_h_BEN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y_BTE: Tensor | None, grad_h_BEN: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, is_init, marks = ctx.saved_tensors
-        grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        grad_y_BTE = torch.zeros_like(u) if grad_y_BTE is None else grad_y_BTE.contiguous()
+        if grad_h_BEN is None:
+            grad_h_BNE = torch.zeros_like(marks[:, 0])
+        else:
+            grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         grad_u, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (u, dt, A, B, C))
         N, E = A.shape
         room = [A.new_empty(CHUNK + 1, N, E), A.new_empty(CHUNK, N, E), A.new_empty(E), A.new_empty(E)]
         _backward(
-            *arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE.contiguous(), grad_h_BNE),
+            *arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE, grad_h_BNE),
             *arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
         )
-        return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None
+        return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None, None
 
 
 # "contract" lets a product and a sum become one instruction; order of summation is free only backward, where
@@ -92,7 +100,7 @@ def _forward(
     zero, one = u.dtype.type(0), u.dtype.type(1)
     for b in range(rows):
         for t in range(steps):
-            if t % CHUNK == 0:
+            if t % CHUNK == 0 and marks.shape[1] > 0:
                 for n in range(A.shape[0]):
                     for e in range(channels):
                         marks[b, t // CHUNK, n, e] = h[b, n, e]
