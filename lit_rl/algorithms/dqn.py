@@ -180,10 +180,13 @@ class LitDQN(LitAgent):
         )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.target.norms = self.agent.norms  # both see what acting sees
+        loss_steps = window - burn_in if loss_steps is None else loss_steps
+        # Without a memory, what has no loss need not be passed over; a latent's drift is measured there, too.
+        unseen = window - loss_steps if self.agent.is_memoryless and not latents else burn_in
         self.loss = WindowLoss(
             window=window,
-            burn_in=burn_in,
-            loss_steps=window - burn_in if loss_steps is None else loss_steps,
+            burn_in=unseen,
+            loss_steps=loss_steps,
             n_step=n_step,
             gamma=gamma,
             double=double,

@@ -138,6 +138,22 @@ def test_errors_by_hand(options: dict[str, Any], window: Drawn, errors: list[flo
     assert priority.tolist() == pytest.approx([0.75 * max(errors) + 0.25 * mean + LEAST_PRIORITY], rel=1e-6)
 
 
+@pytest.mark.parametrize(("options", "first"), [({}, 1), ({"latents": True}, 0)], ids=["alone", "latents"])
+def test_without_memory_only_what_has_a_loss_is_passed_over(options: dict[str, Any], first: int) -> None:
+    """But where latents are kept, of which the drift is measured."""
+    model = table(window=2, loss_steps=1, **options)
+    passed: list[Tensor] = []
+    model.agent.trunk.register_forward_hook(lambda module, given, _: passed.append(given[0][0].argmax(-1)))
+    window = TWO
+    if model.loss.latents:
+        window = Drawn(TWO.windows.clone(), *TWO[1:])
+        window.windows[keys.STEPS, keys.LATENT] = torch.zeros(1, 3, 3)
+    loss, _, _ = window_loss(model, window)
+    assert loss.item() == pytest.approx(26.5)
+    assert passed[0].tolist() == [0, 1, 2][first:2]  # what learns; then what judges the step behind
+    assert [steps.tolist() for steps in passed[1:]] == [[2] if first else [1, 2]]
+
+
 def test_squared_errors_by_hand() -> None:
     loss, _, _ = window_loss(table(window=2, head=partial(ExpectedQ, loss="mse")), TWO)
     assert loss.item() == pytest.approx((15.0**2 + 27.0**2) / 2 / 2)
