@@ -111,38 +111,34 @@ class Mamba2Mixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._acts_compiled(x_BTD, state):
-            y_BD, state = self._compiled_step(x_BTD[:, 0], state, is_init_BT[:, 0])
-            return y_BD[:, None], state
+        if x_BTD.shape[1] == 1 and not torch.is_grad_enabled():
+            weights = self._step_weights()
+            if self._acts_compiled(x_BTD, state, weights):
+                now = (x_BTD[:, 0], state, is_init_BT[:, 0])
+                y_BD, state = compiled_mamba2_step(*now, **weights, eps=self.norm.eps)
+                return y_BD[:, None], state
         return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
 
-    def _acts_compiled(self, x_BTD: Tensor, state: dict[str, Tensor]) -> bool:
+    def _step_weights(self) -> dict[str, Tensor]:
+        """What `compiled_mamba2_step` reads; asked by name, which is quicker than `parameters`."""
+        return {
+            "in_proj": self.in_proj.weight,
+            "taps_CW": self.conv1d.weight[:, 0],
+            "taps_bias_C": self.conv1d.bias,
+            "dt_bias_H": self.dt_bias,
+            "A_log_H": self.A_log,
+            "D_H": self.D,
+            "norm_E": self.norm.weight,
+            "out_proj": self.out_proj.weight,
+        }
+
+    def _acts_compiled(self, x_BTD: Tensor, state: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
         """Whether one call may do the step: it reads the projections' weights and calls no module or hook."""
         if any(type(projection) is not Linear for projection in (self.in_proj, self.out_proj)):
             return False
-        if not self.compiled or x_BTD.shape[1] != 1 or torch.is_grad_enabled():
+        if not self.compiled or torch.is_autocast_enabled(x_BTD.device.type):
             return False
-        if torch.is_autocast_enabled(x_BTD.device.type):
-            return False
-        return can_be_compiled(x_BTD, *state.values(), *self.parameters())
-
-    def _compiled_step(
-        self, x_BD: Tensor, state: dict[str, Tensor], is_init_B: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return compiled_mamba2_step(
-            x_BD,
-            state,
-            is_init_B,
-            in_proj=self.in_proj.weight,
-            taps_CW=self.conv1d.weight[:, 0],
-            taps_bias_C=self.conv1d.bias,
-            dt_bias_H=self.dt_bias,
-            A_log_H=self.A_log,
-            D_H=self.D,
-            norm_E=self.norm.weight,
-            out_proj=self.out_proj.weight,
-            eps=self.norm.eps,
-        )
+        return can_be_compiled(x_BTD, *state.values(), *weights.values())
 
     def _piece(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
