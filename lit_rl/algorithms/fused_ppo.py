@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.compiled import Array, arrays
+from lit_rl.compiled import Array, arrays, can_be_compiled
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.fused import FusedActorCritic, fused_for_learning
-from lit_rl.models.heads import Categorical, Gaussian
+from lit_rl.models.heads import Categorical, Gaussian, PolicyHead
 
 OF_ROLLOUT = (keys.LOG_PROB, keys.VALUE, keys.ADVANTAGE, keys.VALUE_TARGET)
 
@@ -119,13 +119,18 @@ def fused_ppo_loss(
     agent: ActorCritic, rows: int, *, value_clip: float | None, value_coef: float
 ) -> FusedPPOLoss | None:
     """For minibatches of so many steps; None where autograd is needed, or no slower."""
-    head = agent.policy
-    distribution: FusedDistribution | None = None
-    if type(head) is Categorical and not head.is_multi:
-        distribution = FusedCategorical()
-    elif type(head) is Gaussian and not head.squash:
-        distribution = FusedGaussian(head)
     networks = fused_for_learning(agent, rows)
+    distribution = _distribution(agent.policy)
     if distribution is None or networks is None:
         return None
     return FusedPPOLoss(networks, distribution, value_clip=value_clip, value_coef=value_coef)
+
+
+def _distribution(head: PolicyHead) -> FusedDistribution | None:
+    if type(head) is Categorical and not head.is_multi:
+        return FusedCategorical()
+    if type(head) is not Gaussian or head.squash or not can_be_compiled(head.log_std, head.mean.weight):
+        return None
+    if head.log_std.shape != (head.num_params,) or head.mean.out_features != head.num_params:
+        return None
+    return FusedGaussian(head)

@@ -40,7 +40,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
 
     That costs more than the kernel where networks are small. Hooks on such an Adam's step are not called.
     """
-    if not _is_plain_fused_adam(optimizer):
+    if not is_plain_fused_adam(optimizer):
         optimizer.step()
         return
     groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
@@ -71,7 +71,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _is_plain_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+def is_plain_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """What `LitPPO` makes unless somebody overrides that."""
     return type(optimizer) is torch.optim.Adam and all(
         group["fused"] and not (group["amsgrad"] or group["maximize"] or group["decoupled_weight_decay"])
         for group in optimizer.param_groups

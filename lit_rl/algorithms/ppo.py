@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_rl import keys
 from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
 from lit_rl.algorithms.fused_ppo import FusedPPOLoss, fused_ppo_loss
-from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
+from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
@@ -78,8 +78,8 @@ class LitPPO(LitAgent):
         normalize_reward: divide by the running standard deviation of the discounted return.
         squash: tanh-squash continuous actions to their bounds; clip them if not.
         log_std: initial log standard deviation of continuous actions.
-        compile_loss: torch.compile the loss of a minibatch. It needs a C++ compiler and time at the start;
-            `make bench` tells whether it pays where you are.
+        compile_loss: torch.compile the loss of a minibatch. It needs a C++ compiler and time at the start,
+            and takes the place of compiled loops; `make bench` tells whether it pays where you are.
 
     Raises:
         UserError: unsupported spaces, sizes that do not divide, losses that are not finite.
@@ -156,7 +156,6 @@ class LitPPO(LitAgent):
         self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
-        self.compile_loss = compile_loss
         self._minibatch_loss = torch.compile(self._loss) if compile_loss else self._loss
         self._ready_at = time.perf_counter()
 
@@ -261,7 +260,7 @@ class LitPPO(LitAgent):
         # Not through Lightning's wrappers of backward and step, which cost as much as the step itself.
         optimizer = self.trainer.optimizers[0]
         parameters = list(self.agent.parameters())
-        fused_loss = self._fused_loss(M * columns_NT[keys.ADVANTAGE].shape[1])
+        fused_loss = self._fused_loss(M) if is_plain_fused_adam(optimizer) else None
         memoryless = [self.agent.initial_state(M)] * self.num_minibatches if self.agent.is_memoryless else []
         losses: list[Tensor] = []
         grad_norms: list[float] = []
@@ -336,8 +335,11 @@ class LitPPO(LitAgent):
         return loss, measured, terms.log_ratio
 
     def _fused_loss(self, rows: int) -> FusedPPOLoss | None:
-        """What gives loss and gradients of so many steps at once, where there is such a thing."""
-        if type(self)._loss is not LitPPO._loss or self.compile_loss:
+        """What gives loss and gradients of so many steps at once, where there is such a thing.
+
+        It reads weights where they lie, so it is for an optimizer that changes them in place.
+        """
+        if getattr(self._minibatch_loss, "__func__", None) is not LitPPO._loss:
             return None
         return fused_ppo_loss(self.agent, rows, value_clip=self.value_clip, value_coef=self.value_coef)
 

@@ -90,7 +90,10 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowLoss:
-    """What `LitDQN` descends; its fields are options of that."""
+    """What `LitDQN` descends; its fields are options of that.
+
+    Without a memory `burn_in` counts all steps before those with a loss: nothing passes over them.
+    """
 
     window: int
     burn_in: int

@@ -4,8 +4,7 @@ The equations are those of `lit_rl.models.heads`, `lit_rl.losses` and `lit_rl.al
 as tensor operations, some forty small ones an update cost as much as the products of a small network.
 
 Arrays: logits, log_p, mean, z [N, P]; log_std [P]; out [N, A]; action [N], of a Gaussian [N, P]; all else
-[N], but for totals. A name with `grad_` before
-it is the gradient of what the rest names.
+[N], but for totals. A name with `grad_` before it is the gradient of what the rest names.
 """
 
 from __future__ import annotations
@@ -271,7 +270,8 @@ def _gaussian_backward(
     for i in range(z.shape[0]):
         for k in range(z.shape[1]):
             grad_mean[i, k] = grad_log_prob[i] * z[i, k] * inverse[k]
-            grad_log_std[k] += grad_log_prob[i] * (z[i, k] * z[i, k] - 1.0)
+            # In this order: no gradient stays none, however far out the action.
+            grad_log_std[k] += grad_log_prob[i] * z[i, k] * z[i, k] - grad_log_prob[i]
 
 
 @jit_in_order

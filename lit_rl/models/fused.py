@@ -3,7 +3,7 @@
 Where environments and networks are small, the dozens of small operations of an acting step or an update
 cost more than their arithmetic.
 
-Shapes: N observations, T steps, F features, L layers of width D, P numbers that a head gives.
+Shapes: N observations, F features, P numbers that a head gives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lit_rl.compiled import Array, arrays, can_be_compiled
 from lit_rl.errors import UserError
@@ -25,6 +26,8 @@ from lit_rl.trunks.mlp import MOST, are_layers
 
 class FusedNetwork:
     """A head on an `MLP`, with the weights that they have now: make one for each rollout.
+
+    Weights that lie whole in memory are read where they lie, so changes in place are seen.
 
     Args:
         trunk: with tanh or ReLU.
@@ -91,10 +94,13 @@ class FusedActorCritic:
 def fused(agent: ActorCritic) -> FusedActorCritic | None:
     """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
 
-    They are in float32, without autocast, read a plain observation, and no hook listens in on them.
+    They are in float32, without autocast, read a plain observation, and nobody listens in on them or has put
+    something else in the place of a `forward`.
     """
     policy_head = agent.policy
     if type(agent) is not ActorCritic or not agent.values_can_wait or torch.is_autocast_enabled("cpu"):
+        return None
+    if _has_any_global_hook():
         return None
     if type(policy_head) is Categorical:
         policy = _fuse(agent, agent.encoder, agent.trunk, policy_head.logits)
@@ -103,25 +109,33 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     else:
         return None
     value = _fuse(agent, agent.value_encoder, agent.value_trunk, agent.value_head)
-    return FusedActorCritic(agent, policy, value) if policy is not None and value is not None else None
+    if policy is None or value is None or len(value.modules[-1].weight) != 1:
+        return None
+    return FusedActorCritic(agent, policy, value)
 
 
 def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None:
-    """Like `fused`, for updates on so many steps; None also where autograd is watched or weights are shared.
+    """Like `fused`, for updates on so many steps.
 
-    Also where a layer is so large that torch is quicker.
+    None also where autograd is watched, where a weight is frozen, shared or made of something else, and where
+    a layer is so large that torch is quicker.
     """
     networks = fused(agent)
     if networks is None:
         return None
     layers = [*networks.policy_layers.modules, *networks.value_layers.modules]
-    if len({id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)}) < 2 * len(layers):
+    found = [id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
+    if isinstance(agent.policy, Gaussian):
+        found.append(id(agent.policy.log_std))
+    if len(set(found)) < len(found) or not set(found) <= set(map(id, agent.parameters())):
         return None
     if any(rows * layer.weight.shape[0] * max(layer.weight.shape) > MOST for layer in layers):
         return None
     if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
         return None
-    if agent._forward_hooks or agent._forward_pre_hooks:
+    if agent._forward_hooks or agent._forward_pre_hooks or "forward" in vars(agent):
+        return None
+    if torch.is_anomaly_enabled() or "log_prob_and_entropy" in vars(agent.policy):
         return None
     for parameter in agent.parameters():
         if not parameter.requires_grad or not parameter.is_contiguous():
@@ -142,7 +156,7 @@ def _fuse(
     if any(type(layer) is not nn.Linear for layer in (*trunk.layers, head)):
         return None
     modules = (agent.policy, *encoder.modules(), *trunk.modules(), head)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
         return None
     layers = cast(list[nn.Linear], [*trunk.layers, head])
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]

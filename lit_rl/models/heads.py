@@ -185,7 +185,10 @@ class Gaussian(PolicyHead):
         return params
 
     def log_prob_and_entropy(self, params: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """As promised; of the squashed Gaussian the entropy is a one-sample estimate, differentiable."""
+        """As promised; of the squashed Gaussian the entropy is a one-sample estimate, differentiable.
+
+        `lit_rl.compiled.losses` has the same without `squash`.
+        """
         z = (action - params) * (-self.log_std).exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
         log_prob = -0.5 * z.square().sum(-1) - log_scale

@@ -1,14 +1,22 @@
 """PPO's loss without autograd: its numbers are autograd's, it learns the same, and who it is not for."""
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import parameters, train, walk
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lit_rl import keys
-from lit_rl.algorithms import LitPPO
-from lit_rl.algorithms.fused_ppo import fused_ppo_loss
+from lit_rl.algorithms import LitPPO, ppo
+from lit_rl.algorithms.fused_ppo import FusedPPOLoss, fused_ppo_loss
 from lit_rl.envs import EnvConfig
+from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import GRU, MLP
 
 M, T = 40, 2  # minibatch
@@ -101,8 +109,24 @@ def test_weights_that_moved_are_seen(action: str) -> None:
 def test_training_is_the_same(monkeypatch: pytest.MonkeyPatch, options, action: str) -> None:
     """Over rollouts, epochs and Adam's steps, to what rounding makes of it."""
     options = {"rollouts": 4, "value_trunk": "separate", "num_epochs": 3, "lr": 1e-3} | options
+    asked: list[int] = []
+    updates: list[int] = []
+    find, call = ppo.fused_ppo_loss, FusedPPOLoss.__call__
+
+    def asking(agent: ActorCritic, rows: int, **options):
+        asked.append(rows)
+        return find(agent, rows, **options)
+
+    def counting(self, steps_MT, *args):
+        updates.append(steps_MT[keys.ACTION].shape[:2].numel())
+        return call(self, steps_MT, *args)
+
+    monkeypatch.setattr(ppo, "fused_ppo_loss", asking)
+    monkeypatch.setattr(FusedPPOLoss, "__call__", counting)
     model, records = train(walk(action), "mlp", **options)
-    assert model._fused_loss(4) is not None
+    assert len(asked) == 4
+    assert set(asked) == set(updates)
+    assert "target_kl" in options or len(updates) == 4 * 3 * model.num_minibatches
     monkeypatch.setattr(LitPPO, "_fused_loss", lambda self, rows: None)
     other, others = train(walk(action), "mlp", **options)
     torch.testing.assert_close(parameters(model), parameters(other), atol=1e-4, rtol=1e-3)
@@ -110,27 +134,54 @@ def test_training_is_the_same(monkeypatch: pytest.MonkeyPatch, options, action: 
         assert records.series(f"train/{key}") == pytest.approx(others.series(f"train/{key}"), abs=2e-4), key
 
 
-def shared_weight() -> LitPPO:
-    model = make()
-    model.agent.value_trunk.layers[0].weight = model.agent.trunk.layers[0].weight
-    return model
-
-
-def strided() -> LitPPO:
-    model = make()
-    model.agent.trunk.layers[1].weight = nn.Parameter(torch.randn(9, 9).T)
-    return model
-
-
-def changed(change, env: EnvConfig | None = None) -> LitPPO:
-    model = make(env)
+def changed(change: Callable[[ActorCritic], Any], action: str = "continuous") -> LitPPO:
+    model = make(walk(action))
     change(model.agent)
     return model
+
+
+def replaced(path: str, new: Any) -> Callable[[ActorCritic], None]:
+    """Puts something else in the place of a module or parameter."""
+    parent, _, name = path.rpartition(".")
+    return lambda agent: setattr(agent.get_submodule(parent), name, new)
+
+
+def tied(agent: ActorCritic) -> None:
+    agent.value_trunk.layers[0].weight = agent.trunk.layers[0].weight
+
+
+def tied_deviation(agent: ActorCritic) -> None:
+    agent.policy.log_std = agent.policy.mean.bias
+
+
+def made_of_another(agent: ActorCritic) -> None:
+    layer, agent.source = agent.trunk.layers[1], nn.Parameter(torch.ones(9, 9))
+    del layer.weight
+    layer.weight = 2 * agent.source
+
+
+def patched(path: str, name: str = "forward") -> Callable[[ActorCritic], None]:
+    def patch(agent: ActorCritic) -> None:
+        module = agent.get_submodule(path)
+        setattr(module, name, lambda *args: None)
+
+    return patch
 
 
 class OwnLoss(LitPPO):
     def _loss(self, *args):
         return super()._loss(*args)
+
+
+class Wrapped(LitPPO):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        loss = self._minibatch_loss
+        self._minibatch_loss = lambda *args: loss(*args)
+
+
+def nothing(*_: Any) -> None:
+    pass
 
 
 NOT_FUSED = {
@@ -139,18 +190,32 @@ NOT_FUSED = {
     "recurrent": lambda: make(trunk=lambda F: GRU(F, d_model=9)),
     "compiled loss": lambda: make(compile_loss=True),
     "its own loss": lambda: OwnLoss(walk(), MLP, value_trunk="separate"),
-    "shared weight": shared_weight,
-    "strided": strided,
-    "frozen": lambda: changed(lambda agent: agent.trunk.layers[0].weight.requires_grad_(False)),
-    "frozen standard deviation": lambda: changed(
-        lambda agent: agent.policy.log_std.requires_grad_(False), walk("continuous")
-    ),
-    "hook on a gradient": lambda: changed(lambda agent: agent.value_head.bias.register_hook(lambda g: g)),
-    "hook after a gradient": lambda: changed(
-        lambda agent: agent.value_head.bias.register_post_accumulate_grad_hook(lambda p: None)
-    ),
-    "hook on the agent": lambda: changed(lambda agent: agent.register_forward_hook(lambda *_: None)),
-    "hook backwards": lambda: changed(lambda agent: agent.trunk.register_full_backward_hook(lambda *_: None)),
+    "a loss wrapped": lambda: Wrapped(walk(), MLP, value_trunk="separate"),
+} | {
+    name: partial(changed, change)
+    for name, change in {
+        "shared weight": tied,
+        "shared standard deviation": tied_deviation,
+        "weight of another parameter": made_of_another,
+        "strided": replaced("trunk.layers.1.weight", nn.Parameter(torch.randn(9, 9).T)),
+        "frozen": lambda agent: agent.trunk.layers[0].weight.requires_grad_(False),
+        "frozen standard deviation": lambda agent: agent.policy.log_std.requires_grad_(False),
+        "one standard deviation": replaced("policy.log_std", nn.Parameter(torch.zeros(1))),
+        "standard deviation in float64": replaced("policy.log_std", nn.Parameter(torch.zeros(2).double())),
+        "wide mean": replaced("policy.mean", nn.Linear(9, 5)),
+        "wide value": replaced("value_head", nn.Linear(9, 2)),
+        "hook on a gradient": lambda agent: agent.value_head.bias.register_hook(nothing),
+        "hook after a gradient": lambda agent: agent.value_head.bias.register_post_accumulate_grad_hook(
+            nothing
+        ),
+        "hook on the agent": lambda agent: agent.register_forward_hook(nothing),
+        "hook before the agent": lambda agent: agent.register_forward_pre_hook(nothing),
+        "hook backwards": lambda agent: agent.trunk.register_full_backward_hook(nothing),
+        "hook before backwards": lambda agent: agent.trunk.register_full_backward_pre_hook(nothing),
+        "patched agent": patched(""),
+        "patched trunk": patched("trunk"),
+        "patched policy": patched("policy", "log_prob_and_entropy"),
+    }.items()
 }
 
 
@@ -159,7 +224,57 @@ def test_others_are_left_to_autograd(model) -> None:
     assert model()._fused_loss(M * T) is None
 
 
-def test_large_minibatches_are_left_to_torch() -> None:
-    agent = make(trunk=lambda F: MLP(F, d_model=512)).agent
+def test_the_same_without_change_is_fused() -> None:
+    assert changed(nothing)._fused_loss(M * T) is not None
+
+
+def test_watched_by_torch_they_are_left_to_autograd() -> None:
+    model = make()
+    with torch.autograd.set_detect_anomaly(True):
+        assert model._fused_loss(M * T) is None
+    handle = register_module_forward_hook(nothing)
+    try:
+        assert model._fused_loss(M * T) is None
+    finally:
+        handle.remove()
+    assert model._fused_loss(M * T) is not None
+
+
+class Replacing(torch.optim.SGD):
+    """Puts new tensors in the place of weights."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - 0.1 * parameter.grad
+
+
+class OwnOptimizer(LitPPO):
+    def configure_optimizers(self):
+        return Replacing([{"params": list(self.agent.parameters())}, {"params": []}], lr=1.0)
+
+
+def test_an_optimizer_of_ones_own_is_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedPPOLoss, "__call__", None)
+    _, records = train(walk(), "mlp", rollouts=2, value_trunk="separate", algorithm=OwnOptimizer)
+    assert min(records.series("train/approx_kl")) > 1e-6
+
+
+@pytest.mark.parametrize(("features", "width"), [(2, 512), (4096, 64)])
+def test_large_minibatches_are_left_to_torch(features: int, width: int) -> None:
+    """By the wider side of a layer."""
+    box = spaces.Box(-1, 1, (features,))
+    env: Any = SimpleNamespace(id="wide", spaces=lambda: (box, spaces.Discrete(3)))
+    agent = LitPPO(env, lambda F: MLP(F, d_model=width), value_trunk="separate").agent
     assert fused_ppo_loss(agent, 64, value_clip=None, value_coef=0.5) is not None
     assert fused_ppo_loss(agent, 65, value_clip=None, value_coef=0.5) is None
+
+
+def test_no_gradient_of_a_ratio_is_none_of_a_deviation_however_far_out() -> None:
+    """Clipped away where z^2 is infinite; autograd's numbers, to rounding."""
+    model, steps = make(walk("continuous")), minibatch("continuous")
+    steps[keys.ACTION][0, 0, 0] = 3e19
+    steps[keys.LOG_PROB][0, 0] = 0.0
+    expected = by_autograd(model, steps)
+    assert all(value.isfinite().all() for value in expected[5:])
+    torch.testing.assert_close(without(model, steps), expected, atol=4e-6, rtol=1e-5)

@@ -68,7 +68,7 @@ class _CompiledScan(torch.autograd.Function):
         u, dt, A, B, C, is_init, marks = ctx.saved_tensors
         grad_y_BTE = torch.zeros_like(u) if grad_y_BTE is None else grad_y_BTE.contiguous()
         if grad_h_BEN is None:
-            grad_h_BNE = torch.zeros_like(marks[:, 0])
+            grad_h_BNE = A.new_zeros(len(u), *A.shape)
         else:
             grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         grad_u, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (u, dt, A, B, C))

@@ -85,7 +85,7 @@ class MambaMixer(nn.Module):
         zero = self.A_log.new_zeros
         return {
             "conv": zero(batch_size, channels, self.conv1d.kernel_size[0] - 1),
-            "ssm": zero(batch_size, d_state, channels).transpose(1, 2),  # as the compiled scan lays it out
+            "ssm": zero(batch_size, d_state, channels).transpose(1, 2),  # laid out as the compiled scan does
         }
 
     def forward(

@@ -224,6 +224,41 @@ def test_nan_in_a_parameter_shows_in_the_output():
     assert not y[:, :, [0, 2, 3, 4, 5]].isnan().any()
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["outputs alone", "last state alone"])
+@pytest.mark.parametrize("scan", [compiled_scan, torch_scan])
+def test_gradient_of_one_result_alone(scan, used):
+    given = inputs(20, 0.1, torch.float64)
+    expected = torch.autograd.grad(literal(*given)[used].sum(), given[:6], materialize_grads=True)
+    found = torch.autograd.grad(scan(*given)[used].sum(), given[:6], materialize_grads=True)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("alone", range(6), ids=["u", "dt", "A", "B", "C", "h"])
+def test_gradient_of_one_input_alone(alone):
+    given = inputs(20, 0.1, torch.float64)
+    expected = values_and_gradients(literal, given)[2 + alone]
+    for place, tensor in enumerate(given[:6]):
+        tensor.requires_grad_(place == alone)
+    y, h = compiled_scan(*given)
+    generator = torch.Generator().manual_seed(1)
+    total = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in (y, h))
+    torch.testing.assert_close(torch.autograd.grad(total, given[alone])[0], expected)
+
+
+def test_states_are_kept_for_a_gradient_only(monkeypatch):
+    marks = []
+    run = compiled._forward
+    monkeypatch.setattr(
+        compiled, "_forward", lambda *arrays: (marks.append(arrays[8].shape[1]), run(*arrays))
+    )
+    given = inputs(2 * compiled.CHUNK, 0, torch.float32)
+    compiled_scan(*given)
+    with torch.no_grad():
+        compiled_scan(*given)
+    compiled_scan(*(tensor.detach() for tensor in given))
+    assert marks == [2, 0, 0]
+
+
 def test_memory_kept_for_the_backward_pass_is_no_more_than_the_input():
     given = inputs(16 * compiled.CHUNK, 0, torch.float32)
     y, _ = compiled_scan(*given)

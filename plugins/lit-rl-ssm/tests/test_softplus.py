@@ -27,6 +27,15 @@ def test_small_results_are_as_exact_as_large_ones(dtype: torch.dtype, tolerance:
     torch.testing.assert_close(x.grad.double(), exact.sigmoid(), rtol=4e-7, atol=1e-37)
 
 
+def test_any_layout():
+    """And gradients that lie apart, or in one place."""
+    x = torch.randn(40, 60).mT.requires_grad_()
+    for grad in (torch.randn(40, 60).mT, torch.tensor(2.0).expand(60, 40)):
+        expected = torch.autograd.grad(F.softplus(x), x, grad)
+        torch.testing.assert_close(softplus(x), F.softplus(x))
+        torch.testing.assert_close(torch.autograd.grad(softplus(x), x, grad), expected)
+
+
 def test_extremes():
     x = torch.tensor([torch.inf, -torch.inf, torch.nan]).repeat(FEW)
     torch.testing.assert_close(softplus(x), F.softplus(x), equal_nan=True)
