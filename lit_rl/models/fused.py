@@ -21,7 +21,7 @@ from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
 from lit_rl.trunks import MLP, Trunk
-from lit_rl.trunks.mlp import MOST, are_layers
+from lit_rl.trunks.mlp import are_layers, suit_one_core
 
 
 class FusedNetwork:
@@ -129,7 +129,7 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
         found.append(id(agent.policy.log_std))
     if len(set(found)) < len(found) or not set(found) <= set(map(id, agent.parameters())):
         return None
-    if any(rows * layer.weight.shape[0] * max(layer.weight.shape) > MOST for layer in layers):
+    if not suit_one_core(rows, [layer.weight for layer in layers]):
         return None
     if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
         return None

@@ -80,9 +80,14 @@ class MLP(Trunk):
             return False
         if x.ndim != 3 or x.shape[0] * x.shape[1] < FEW:
             return False
-        if x.shape[0] * x.shape[1] * self.out_features * max(self.in_features, self.out_features) > MOST:
+        if not are_layers(x.shape[2], weights, biases) or not suit_one_core(x.shape[0] * x.shape[1], weights):
             return False
-        return are_layers(x.shape[2], weights, biases) and can_be_compiled(x, *weights, *biases)
+        return can_be_compiled(x, *weights, *biases)
+
+
+def suit_one_core(steps: int, weights: Sequence[Tensor]) -> bool:
+    """Whether so many steps through these weights are no slower in loops than in the libraries of torch."""
+    return steps * max(weight.numel() for weight in weights) <= MOST
 
 
 def are_layers(in_features: int, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> bool:
