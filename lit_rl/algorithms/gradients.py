@@ -72,7 +72,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def is_plain_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """What `LitPPO` makes unless somebody overrides that."""
+    """Whether it is torch's own with the kernel that is called here, which changes weights in place."""
     return type(optimizer) is torch.optim.Adam and all(
         group["fused"] and not (group["amsgrad"] or group["maximize"] or group["decoupled_weight_decay"])
         for group in optimizer.param_groups

@@ -30,7 +30,7 @@ _ONE, _SMALLEST, _LARGEST = np.float32(1), np.float32(-87.3365), np.float32(88)
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
 
 
-# A product and a sum may become one instruction, which only adds digits; to reassociate would simplify away
+# A product and a sum may become one instruction, which only adds digits; to reassociate may simplify away
 # the rounding by an addition.
 @overload(exp, jit_options={"fastmath": {"contract"}})
 def _compiled_exp(x):  # type: ignore[no-untyped-def]
