@@ -21,6 +21,7 @@ from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.trunks import MLP
 
 NUM_ENVS, ROLLOUT_LENGTH, ROLLOUTS = 8, 128, 3
 USUAL = {"d_model": 256, "n_layers": 4, "memory": 128}
@@ -40,6 +41,8 @@ def forget_peak() -> None:
 def rise(contender: Contender) -> int:
     """Bytes that three rollouts add to this process at most."""
     env = EnvConfig("CartPole-v1", num_envs=NUM_ENVS)
+    small = ActorCritic(*env.spaces(), partial(MLP, d_model=8))
+    RolloutCollector(env.make, small, frames_per_batch=64).rollout()  # numba and its loops are loaded once
     agent = ActorCritic(*env.spaces(), partial(contender.trunk, **contender.options))
     collector = RolloutCollector(env.make, agent, frames_per_batch=NUM_ENVS * ROLLOUT_LENGTH)
     forget_peak()
