@@ -1,4 +1,4 @@
-"""e^x for loops that numba compiles."""
+"""e^x and 2^x for loops that numba compiles."""
 
 from __future__ import annotations
 
@@ -48,3 +48,35 @@ def _compiled_exp(x):  # type: ignore[no-untyped-def]
         return series * np.int32(exponent_bits).view(np.float32)
 
     return exp_float32
+
+
+def exp2(x: Any) -> Any:
+    """2^x inside compiled loops, for x of at most 127; in float32 to two units in the last place, x clamped
+    to -126 below.
+
+    For whoever has exponents of two: it takes two thirds of the operations of `exp`. What x has beside the
+    nearest whole number is exact; its power of two is 1 plus a polynomial of degree 5, whose largest relative
+    error is as small as it gets (9.2e-8); the whole number is added to the bits of the exponent.
+    """
+    return 2.0**x
+
+
+_P1, _P2, _P3 = np.float32(0.69314698), np.float32(0.24022242), np.float32(0.055507337)
+_P4, _P5 = np.float32(0.0096715126), np.float32(0.0013264727)
+_SMALLEST_POWER = np.float32(-126)
+
+
+@overload(exp2, jit_options={"fastmath": {"contract"}})
+def _compiled_exp2(x):  # type: ignore[no-untyped-def]
+    if x != numba.float32:
+        return lambda x: np.exp2(x)
+
+    def exp2_float32(x):  # type: ignore[no-untyped-def]
+        x = max(x, _SMALLEST_POWER)
+        shifted = x + _ROUND
+        f = x - (shifted - _ROUND)
+        series = ((((_P5 * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _ONE
+        bits = np.float32(series).view(np.int32) + (np.float32(shifted).view(np.int32) << 23)
+        return np.int32(bits).view(np.float32)
+
+    return exp2_float32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_rl.compiled import arrays, can_be_compiled
-from lit_rl.compiled.exp import exp
+from lit_rl.compiled.exp import exp, exp2
 from lit_rl.compiled.jit import jit_in_order
 from lit_rl.compiled.products import (
     PART,
@@ -83,6 +83,31 @@ def test_exponential_is_exact_to_two_units_in_the_last_place():
     assert 0 < y[0] < 1e-37
     assert 1e38 < y[1] < np.inf
     assert np.isnan(y[2])
+
+
+def test_power_of_two_is_exact_to_two_units_in_the_last_place():
+    @jit_in_order
+    def powers(x, y):
+        for i in range(y.shape[0]):
+            y[i] = exp2(x[i])
+
+    x = np.concatenate([np.linspace(-126, 127, 1_000_001), np.linspace(-1, 0, 1_000_001)]).astype(np.float32)
+    y = np.empty_like(x)
+    powers(x, y)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(y - exact) / exact).max() < 2 * np.finfo(np.float32).eps
+    whole = np.arange(-126, 128, dtype=np.float32)
+    powers(whole, y[: len(whole)])
+    assert (y[: len(whole)] == np.exp2(whole)).all()  # a decay of nothing forgets nothing
+    beyond = np.array([-1e4, -np.inf, np.nan], np.float32)
+    powers(beyond, y[:3])
+    assert 0 < y[0] < 1e-37
+    assert 0 < y[1] < 1e-37
+    assert np.isnan(y[2])
+    double = np.linspace(-300, 300, 1001)
+    found = np.empty_like(double)
+    powers(double, found)
+    np.testing.assert_allclose(found, np.exp2(double), rtol=1e-15)
 
 
 def test_loops_compile_where_nothing_can_be_kept(monkeypatch):

@@ -1,27 +1,31 @@
 """The selective scan compiled by numba: float32 and float64 on the CPU, on one core.
 
-The same equations as in `torch_scan`, one row at a time, so that a step's numbers stay in the cache; the loop
-over channels is innermost and becomes vector instructions. Of the states only those at chunk borders are kept
-for the backward pass; a chunk's others are computed again. numba compiles on first use (some seconds a dtype)
-and keeps the result beside this file or in the user's cache.
+The same equations as in `torch_scan`, one row and a chunk of steps at a time, so that their numbers stay in
+the cache. States are independent of each other: some go through all steps of the chunk before the next ones
+do. The loop over channels is innermost and becomes vector instructions. Of the states only those at chunk
+borders are kept for the backward pass; a chunk's others are computed again. numba compiles on first use (some
+seconds a dtype) and keeps the result beside this file or in the user's cache.
 
-Arrays: u, dt, y [B, T, E]; A [N, E]; B, C [B, T, N]; h [B, N, E]; is_init [B, T]; marks [B, T / CHUNK, N, E];
-a name with `grad_` before it is the gradient of what the rest names.
+Arrays: u, dt, y [B, T, E]; A [N, E], as exponents of two (A log2 e); B, C [B, T, N]; h [B, N, E]; is_init
+[B, T]; marks [B, (T - 1) / CHUNK, N, E]; a name with `grad_` before it is the gradient of the rest of it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_rl.autograd import first_order
 from lit_rl.compiled import Array, arrays
-from lit_rl.compiled.exp import exp
+from lit_rl.compiled.exp import exp2
 from lit_rl.compiled.jit import jit, jit_in_order
 
 CHUNK = 16
+GROUP = 4  # states that the loop takes at once, because they share what they read; backward, half as many
 
 
 def compiled_scan(
@@ -34,9 +38,13 @@ def compiled_scan(
     is_init_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `selective_scan.selective_scan`; all on the CPU, float32 or float64."""
+    missing = -A_EN.shape[1] % GROUP
+    if missing:  # states that nothing is written to and that nobody reads
+        A_EN, B_BTN, C_BTN, h_BEN = (pad(tensor, (0, missing)) for tensor in (A_EN, B_BTN, C_BTN, h_BEN))
     tensors = (u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, h_BEN)
     is_learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _CompiledScan.apply(*tensors, is_init_BT, is_learning)
+    y_BTE, last_BEN = _CompiledScan.apply(*tensors, is_init_BT, is_learning)
+    return y_BTE, last_BEN[..., :-missing] if missing else last_BEN
 
 
 class _CompiledScan(torch.autograd.Function):
@@ -52,30 +60,31 @@ class _CompiledScan(torch.autograd.Function):
         is_init_BT: Tensor,
         is_learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        inputs = [t.contiguous() for t in (u_BTE, dt_BTE, A_EN.t(), B_BTN, C_BTN, is_init_BT)]
-        h_BNE = h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        A_NE = A_EN.t() * math.log2(math.e)
+        inputs = [t.contiguous() for t in (u_BTE, dt_BTE, A_NE, B_BTN, C_BTN, is_init_BT)]
+        first_BNE = h_BEN.transpose(1, 2).contiguous()
+        h_BNE = first_BNE.clone()
         y_BTE = inputs[0].new_empty(u_BTE.shape)
         B, T, E = u_BTE.shape
-        marks = h_BNE.new_empty(B, -(-T // CHUNK) if is_learning else 0, *h_BNE.shape[1:])
-        _forward(*arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(E)))
-        ctx.save_for_backward(*inputs, marks)
+        marks = h_BNE.new_empty(B, (T - 1) // CHUNK if is_learning else 0, *h_BNE.shape[1:])
+        _forward(*arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(CHUNK, E)))
+        ctx.save_for_backward(*inputs, first_BNE if is_learning else None, marks)
         ctx.set_materialize_grads(False)
         return y_BTE, h_BNE.transpose(1, 2)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y_BTE: Tensor | None, grad_h_BEN: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, is_init, marks = ctx.saved_tensors
+        u, dt, A, B, C, is_init, first, marks = ctx.saved_tensors
         grad_y_BTE = torch.zeros_like(u) if grad_y_BTE is None else grad_y_BTE.contiguous()
         if grad_h_BEN is None:
-            grad_h_BNE = A.new_zeros(len(u), *A.shape)
+            grad_h_BNE = torch.zeros_like(first)
         else:
             grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         grad_u, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (u, dt, A, B, C))
-        N, E = A.shape
-        room = [A.new_empty(CHUNK + 1, N, E), A.new_empty(CHUNK, N, E), A.new_empty(E), A.new_empty(E)]
+        room = [A.new_empty(*shape, u.shape[2]) for shape in ([CHUNK], [CHUNK], [2, CHUNK], [2, CHUNK], [2])]
         _backward(
-            *arrays(u, dt, A, B, C, is_init, marks, grad_y_BTE, grad_h_BNE),
+            *arrays(u, dt, A, B, C, is_init, first, marks, grad_y_BTE, grad_h_BNE),
             *arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
         )
         return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None, None
@@ -97,24 +106,36 @@ def _forward(
     x: Array,
 ) -> None:
     rows, steps, channels = u.shape
-    zero, one = u.dtype.type(0), u.dtype.type(1)
+    zero = u.dtype.type(0)
     for b in range(rows):
-        for t in range(steps):
-            if t % CHUNK == 0 and marks.shape[1] > 0:
+        for start in range(0, steps, CHUNK):
+            stop = min(start + CHUNK, steps)
+            if start > 0 and marks.shape[1] > 0:
                 for n in range(A.shape[0]):
                     for e in range(channels):
-                        marks[b, t // CHUNK, n, e] = h[b, n, e]
-            u_t, dt_t, y_t = u[b, t], dt[b, t], y[b, t]
-            keep = zero if is_init[b, t] else one
-            for e in range(channels):
-                x[e] = dt_t[e] * u_t[e]
-                y_t[e] = zero
-            for n in range(A.shape[0]):
-                h_n, A_n, B_n, C_n = h[b, n], A[n], B[b, t, n], C[b, t, n]
+                        marks[b, start // CHUNK - 1, n, e] = h[b, n, e]
+            for t in range(start, stop):
+                u_t, dt_t, x_t, y_t = u[b, t], dt[b, t], x[t - start], y[b, t]
                 for e in range(channels):
-                    h_e = keep * exp(dt_t[e] * A_n[e]) * h_n[e] + x[e] * B_n
-                    h_n[e] = h_e
-                    y_t[e] += h_e * C_n
+                    x_t[e] = dt_t[e] * u_t[e]
+                    y_t[e] = zero
+            for n in range(0, A.shape[0], GROUP):
+                h_0, h_1, h_2, h_3 = h[b, n], h[b, n + 1], h[b, n + 2], h[b, n + 3]
+                A_0, A_1, A_2, A_3 = A[n], A[n + 1], A[n + 2], A[n + 3]
+                for t in range(start, stop):
+                    if is_init[b, t]:
+                        h[b, n : n + GROUP] = zero
+                    dt_t, x_t, y_t = dt[b, t], x[t - start], y[b, t]
+                    B_0, B_1, B_2, B_3 = B[b, t, n], B[b, t, n + 1], B[b, t, n + 2], B[b, t, n + 3]
+                    C_0, C_1, C_2, C_3 = C[b, t, n], C[b, t, n + 1], C[b, t, n + 2], C[b, t, n + 3]
+                    for e in range(channels):
+                        dt_e, x_e = dt_t[e], x_t[e]
+                        h_0e = exp2(dt_e * A_0[e]) * h_0[e] + x_e * B_0
+                        h_1e = exp2(dt_e * A_1[e]) * h_1[e] + x_e * B_1
+                        h_2e = exp2(dt_e * A_2[e]) * h_2[e] + x_e * B_2
+                        h_3e = exp2(dt_e * A_3[e]) * h_3[e] + x_e * B_3
+                        h_0[e], h_1[e], h_2[e], h_3[e] = h_0e, h_1e, h_2e, h_3e
+                        y_t[e] += (h_0e * C_0 + h_1e * C_1) + (h_2e * C_2 + h_3e * C_3)
 
 
 @jit
@@ -125,6 +146,7 @@ def _backward(
     B: Array,
     C: Array,
     is_init: Array,
+    first: Array,
     marks: Array,
     grad_y: Array,
     grad_h: Array,
@@ -133,65 +155,97 @@ def _backward(
     grad_A: Array,
     grad_B: Array,
     grad_C: Array,
-    h: Array,
-    decay: Array,
     x: Array,
-    g_B: Array,
+    grad_x: Array,
+    decay: Array,
+    carried: Array,
+    h: Array,
 ) -> None:
-    """`grad_h` comes as the gradient of the last state and leaves as that of the first."""
+    """`grad_h` comes as the gradient of the last state and leaves as that of the first.
+
+    `decay` and `carried` [2, CHUNK, E] hold exp(dt_t A) and exp(dt_t A) h_{t-1} of two states in a chunk. Two
+    states' steps must not lie between each other's: LLVM compares the whole ranges that a loop over steps
+    touches, and would take the way without vector instructions.
+    """
     rows, steps, channels = u.shape
-    zero, one = u.dtype.type(0), u.dtype.type(1)
+    zero, ln_2 = u.dtype.type(0), u.dtype.type(math.log(2))
     for b in range(rows):
-        for chunk in range(marks.shape[1] - 1, -1, -1):
-            start = chunk * CHUNK
+        for start in range((steps - 1) // CHUNK * CHUNK, -1, -CHUNK):
             size = min(CHUNK, steps - start)
-            for n in range(A.shape[0]):
-                for e in range(channels):
-                    h[0, n, e] = marks[b, chunk, n, e]
             for k in range(size):
-                u_t, dt_t = u[b, start + k], dt[b, start + k]
-                keep = zero if is_init[b, start + k] else one
+                u_t, dt_t, x_t, grad_x_t = u[b, start + k], dt[b, start + k], x[k], grad_x[k]
                 for e in range(channels):
-                    x[e] = dt_t[e] * u_t[e]
-                for n in range(A.shape[0]):
-                    before, after, decay_n, A_n, B_n = (
-                        h[k, n],
-                        h[k + 1, n],
-                        decay[k, n],
-                        A[n],
-                        B[b, start + k, n],
+                    x_t[e] = dt_t[e] * u_t[e]
+                    grad_x_t[e] = zero
+            for n in range(0, A.shape[0], 2):
+                A_0, A_1, h_0, h_1 = A[n], A[n + 1], h[0], h[1]
+                h[:2] = marks[b, start // CHUNK - 1, n : n + 2] if start > 0 else first[b, n : n + 2]
+                for k in range(size):
+                    t = start + k
+                    if is_init[b, t]:
+                        h[:2] = zero
+                    dt_t, x_t, B_0, B_1 = dt[b, t], x[k], B[b, t, n], B[b, t, n + 1]
+                    decay_0, decay_1, carried_0, carried_1 = (
+                        decay[0, k],
+                        decay[1, k],
+                        carried[0, k],
+                        carried[1, k],
                     )
                     for e in range(channels):
-                        decay_e = keep * exp(dt_t[e] * A_n[e])
-                        decay_n[e] = decay_e
-                        after[e] = decay_e * before[e] + x[e] * B_n
-            for k in range(size - 1, -1, -1):
-                t = start + k
-                u_t, dt_t, grad_y_t, grad_u_t, grad_dt_t = (
-                    u[b, t],
-                    dt[b, t],
-                    grad_y[b, t],
-                    grad_u[b, t],
-                    grad_dt[b, t],
+                        dt_e, x_e = dt_t[e], x_t[e]
+                        decay_0e, decay_1e = exp2(dt_e * A_0[e]), exp2(dt_e * A_1[e])
+                        carried_0e, carried_1e = decay_0e * h_0[e], decay_1e * h_1[e]
+                        decay_0[e], decay_1[e], carried_0[e], carried_1[e] = (
+                            decay_0e,
+                            decay_1e,
+                            carried_0e,
+                            carried_1e,
+                        )
+                        h_0[e], h_1[e] = carried_0e + x_e * B_0, carried_1e + x_e * B_1
+                grad_h_0, grad_h_1, grad_A_0, grad_A_1 = (
+                    grad_h[b, n],
+                    grad_h[b, n + 1],
+                    grad_A[n],
+                    grad_A[n + 1],
                 )
-                for e in range(channels):
-                    x[e] = dt_t[e] * u_t[e]
-                    g_B[e] = zero
-                for n in range(A.shape[0]):
-                    before, after, decay_n, A_n, B_n = h[k, n], h[k + 1, n], decay[k, n], A[n], B[b, t, n]
-                    grad_h_n, grad_A_n, C_n = grad_h[b, n], grad_A[n], C[b, t, n]
-                    grad_B_n, grad_C_n = zero, zero
+                for k in range(size - 1, -1, -1):
+                    t = start + k
+                    dt_t, x_t, grad_y_t = dt[b, t], x[k], grad_y[b, t]
+                    grad_dt_t, grad_x_t = grad_dt[b, t], grad_x[k]
+                    decay_0, decay_1, carried_0, carried_1 = (
+                        decay[0, k],
+                        decay[1, k],
+                        carried[0, k],
+                        carried[1, k],
+                    )
+                    B_0, B_1, C_0, C_1 = B[b, t, n], B[b, t, n + 1], C[b, t, n], C[b, t, n + 1]
+                    grad_B_0, grad_B_1, grad_C_0, grad_C_1 = zero, zero, zero, zero
                     for e in range(channels):
-                        g = grad_h_n[e] + grad_y_t[e] * C_n
-                        grad_C_n += after[e] * grad_y_t[e]
-                        grad_B_n += g * x[e]
-                        g_B[e] += g * B_n
-                        g *= decay_n[e]
-                        grad_h_n[e] = g
-                        w = g * before[e]
-                        grad_dt_t[e] += w * A_n[e]
-                        grad_A_n[e] += w * dt_t[e]
-                    grad_B[b, t, n], grad_C[b, t, n] = grad_B_n, grad_C_n
+                        dt_e, x_e, grad_y_e = dt_t[e], x_t[e], grad_y_t[e]
+                        g_0, g_1 = grad_h_0[e] + grad_y_e * C_0, grad_h_1[e] + grad_y_e * C_1
+                        carried_0e, carried_1e = carried_0[e], carried_1[e]
+                        grad_C_0 += (carried_0e + x_e * B_0) * grad_y_e
+                        grad_C_1 += (carried_1e + x_e * B_1) * grad_y_e
+                        grad_B_0 += g_0 * x_e
+                        grad_B_1 += g_1 * x_e
+                        grad_x_t[e] += g_0 * B_0 + g_1 * B_1
+                        w_0, w_1 = g_0 * carried_0e, g_1 * carried_1e
+                        grad_dt_t[e] += w_0 * A_0[e] + w_1 * A_1[e]
+                        grad_A_0[e] += w_0 * dt_e
+                        grad_A_1[e] += w_1 * dt_e
+                        grad_h_0[e], grad_h_1[e] = g_0 * decay_0[e], g_1 * decay_1[e]
+                    grad_B[b, t, n], grad_B[b, t, n + 1] = grad_B_0, grad_B_1
+                    grad_C[b, t, n], grad_C[b, t, n + 1] = grad_C_0, grad_C_1
+                    if is_init[b, t]:
+                        grad_h[b, n : n + 2] = zero
+            for k in range(size):
+                u_t, dt_t, grad_u_t, grad_dt_t = (
+                    u[b, start + k],
+                    dt[b, start + k],
+                    grad_u[b, start + k],
+                    grad_dt[b, start + k],
+                )
+                grad_x_t = grad_x[k]
                 for e in range(channels):
-                    grad_u_t[e] = dt_t[e] * g_B[e]
-                    grad_dt_t[e] += u_t[e] * g_B[e]
+                    grad_u_t[e] = dt_t[e] * grad_x_t[e]
+                    grad_dt_t[e] = ln_2 * grad_dt_t[e] + u_t[e] * grad_x_t[e]
