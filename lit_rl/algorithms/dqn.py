@@ -63,8 +63,9 @@ class LitDQN(LitAgent):
         window: steps of a window, L.
         context: where memory comes from at a window's start.
         burn_in: first steps of a window that only bring the memory up to date.
-        loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent. A trunk without
-            memory passes over these alone, and its auxiliary loss is of these.
+        loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent. Latents are
+            compared there, too. A trunk without memory passes over these alone, and its auxiliary loss is of
+            these.
         n_step: steps to look ahead in the target.
         batch_size: windows an optimizer step, M.
         updates_per_block: optimizer steps for each block of collected steps.
@@ -182,11 +183,9 @@ class LitDQN(LitAgent):
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.target.norms = self.agent.norms  # both see what acting sees
         loss_steps = window - burn_in if loss_steps is None else loss_steps
-        # Without a memory, what has no loss need not be passed over; a latent's drift is measured there, too.
-        skipped = window - loss_steps if self.agent.is_memoryless and not latents else burn_in
         self.loss = WindowLoss(
             window=window,
-            burn_in=skipped,
+            burn_in=burn_in,
             loss_steps=loss_steps,
             n_step=n_step,
             gamma=gamma,

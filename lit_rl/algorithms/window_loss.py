@@ -4,8 +4,8 @@
 weights. It is made for several batches at once, which costs little more than one. `predict` is the pass that
 learns, and the loss. `judge` measures afterwards how far off it was, and gives new priorities.
 
-Shapes: M windows, L steps learnt from, T steps with burn-in before and n steps behind those, which only
-bootstrap; A actions, Z numbers an action (`QHead`), D latent.
+Shapes: M windows, L steps with a loss, T steps with those before them, which only lead up to them, and n
+behind them, which only bootstrap; A actions, Z numbers an action (`QHead`), D latent.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Lesson(NamedTuple):
 
     seen: Seen
     action: Tensor
-    """``[M, L]``, of the steps learnt from, like what follows"""
+    """``[M, L]``, of the steps with a loss, like what follows"""
     reward: Tensor
     """summed up to the step that the target bootstraps from"""
     discount: Tensor
     """of the value there, 0 where nothing bootstraps"""
     at: Tensor
-    """where that is, counted from the second step learnt from"""
+    """where that is, counted from the second step with a loss"""
     counts: Tensor
-    """bool, whether the step has a loss"""
+    """bool, whether the step counts: an action was taken"""
     weight: Tensor
     """its importance weight, 0 where it does not count"""
     target: Tensor
@@ -92,7 +92,7 @@ class Prediction(NamedTuple):
 class WindowLoss:
     """What `LitDQN` descends; its fields are options of that.
 
-    Without a memory `burn_in` counts all steps before those with a loss: nothing passes over them.
+    Without a memory nothing passes over the steps before those with a loss.
     """
 
     window: int
@@ -115,7 +115,8 @@ class WindowLoss:
         if state is None:
             state = target.trunk.initial_state(len(drawn.weight))
         seen = Seen(steps[keys.OBSERVATION], steps[keys.IS_INIT], state, steps.get(keys.LATENT))
-        behind, learnt = slice(self.burn_in, None), slice(self.burn_in, self.window)
+        first = self.window - self.loss_steps
+        behind, learnt = slice(first, None), slice(first, self.window)
         has_action = steps[keys.HAS_ACTION]
         reward, at, discount = n_step(
             steps[keys.REWARD][:, behind],
@@ -125,31 +126,27 @@ class WindowLoss:
             gamma=self.gamma,
         )
         at = (at - 1).clamp_min(0)
-        counts = has_action[:, learnt].clone()
-        counts[:, : -self.loss_steps] = False
+        counts = has_action[:, learnt]
         weight = counts * drawn.weight.unsqueeze(-1)
-        # Nothing bootstraps from the first step, which only what has a memory must pass over.
-        if target.is_memoryless:
-            target_MTAZ, _ = self._pass(target, seen, slice(self.burn_in + 1, None))
-        else:
-            target_MTAZ = self._pass(target, seen, behind)[0][:, 1:]
+        target_MTAZ, _ = self._pass(target, seen, self.loss_steps + self.n_step - 1)  # not of the first step
         bootstrap = None if self.double else _best(target_MTAZ, target_MTAZ, at, target.head)
         action = steps[keys.ACTION][:, learnt]
         return Lesson(seen, action, reward, discount, at, counts, weight, target_MTAZ, bootstrap)
 
     def predict(self, agent: QNetwork, lesson: Lesson) -> Prediction:
         """The pass that learns."""
-        seen, head, L = lesson.seen, agent.head, self.window - self.burn_in
-        if agent.is_memoryless:  # only what learns needs a gradient
-            out_MLAZ, latent_MLD = self._pass(agent, seen, slice(self.burn_in, self.window))
+        seen, head, L = lesson.seen, agent.head, self.loss_steps
+        if self.double and not agent.is_memoryless:
+            # One pass: what follows is little, and a second one costs more than the gradient of that.
+            out_MTAZ, latent_MTD = self._pass(agent, seen, L + self.n_step)
+            auxiliary = agent.auxiliary_loss()
+            out_MLAZ, latent_MLD, judge_MTAZ = out_MTAZ[:, :L], latent_MTD[:, :L], out_MTAZ.detach()[:, 1:]
+        else:
+            out_MLAZ, latent_MLD = self._pass(agent, seen, L, ahead=False)
             auxiliary = agent.auxiliary_loss()
             if self.double:
                 with torch.no_grad():
-                    judge_MTAZ, _ = self._pass(agent, seen, slice(self.burn_in + 1, None))
-        else:  # one pass: what follows is little, and a second one costs more than the gradient of that
-            out_MTAZ, latent_MTD = self._pass(agent, seen, slice(self.burn_in, None))
-            auxiliary = agent.auxiliary_loss()
-            out_MLAZ, latent_MLD, judge_MTAZ = out_MTAZ[:, :L], latent_MTD[:, :L], out_MTAZ.detach()[:, 1:]
+                    judge_MTAZ, _ = self._pass(agent, seen, L + self.n_step - 1)
         bootstrap_MLZ = lesson.bootstrap
         if bootstrap_MLZ is None:
             bootstrap_MLZ = _best(lesson.target, judge_MTAZ, lesson.at, head)
@@ -157,7 +154,7 @@ class WindowLoss:
         drift_ML = delta_q_ML = None
         if seen.latent is not None:
             with torch.no_grad():
-                stored_MLD = seen.latent[:, self.burn_in : self.window]
+                stored_MLD = seen.latent[:, self.window - L : self.window]
                 drift_ML = (latent_MLD.float() - stored_MLD).norm(dim=-1)
                 q_now, q_stored = head.values(out_MLAZ), head.values(agent.of_latent(stored_MLD))
                 largest_M1 = q_now.amax((1, 2)).abs().clamp_min(1e-8).unsqueeze(1)
@@ -195,23 +192,29 @@ class WindowLoss:
             measured["auxiliary_loss"] = torch.stack(auxiliary).mean()
         return priority_M + LEAST_PRIORITY, measured
 
-    def _pass(self, network: QNetwork, seen: Seen, passed: slice) -> tuple[Tensor, Tensor]:
-        """Head outputs ``[M, .., A, Z]`` and latents of the steps `passed`, which lie behind burn-in."""
-        state_M = seen.state
-        if self.burn_in and not network.is_memoryless:
-            before = slice(None, self.burn_in)
-            with torch.no_grad():
-                _, _, state_M = network(seen.observation[:, before], state_M, seen.is_init[:, before])
-        from_latents = self.latent_targets and passed.stop is None
-        if from_latents:
-            passed = slice(passed.start, self.window)
-        out_MTAZ, latent_MTD, _ = network(seen.observation[:, passed], state_M, seen.is_init[:, passed])
-        if from_latents:
+    def _pass(
+        self, network: QNetwork, seen: Seen, steps: int, *, ahead: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Head outputs ``[M, steps, A, Z]`` of the last steps, and their latents.
+
+        The last of the window if not `ahead`, else of all; where stored latents stand for the steps beyond
+        the window, the latents returned are of the steps before these.
+        """
+        if ahead and self.latent_targets:
             assert seen.latent is not None
             with torch.no_grad():
                 to_come_MnAZ = network.of_latent(seen.latent[:, self.window :])
-            out_MTAZ = torch.cat([out_MTAZ, to_come_MnAZ], 1)
-        return out_MTAZ, latent_MTD
+            if steps == self.n_step:  # none of the window
+                return to_come_MnAZ, seen.latent[:, :0]
+            out_MTAZ, latent_MTD = self._pass(network, seen, steps - self.n_step, ahead=False)
+            return torch.cat([out_MTAZ, to_come_MnAZ], 1), latent_MTD
+        stop, state_M = self.window + self.n_step if ahead else self.window, seen.state
+        start = stop - steps if network.is_memoryless else self.burn_in
+        if start and not network.is_memoryless:
+            with torch.no_grad():
+                _, _, state_M = network(seen.observation[:, :start], state_M, seen.is_init[:, :start])
+        passed = slice(start, stop)
+        return network.last_steps(seen.observation[:, passed], state_M, seen.is_init[:, passed], steps)
 
 
 def _loss(head: QHead, lesson: Lesson, out_MLAZ: Tensor, bootstrap_MLZ: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,14 @@ class QNetwork(Agent):
         latent, state = self.trunk(self.encoder(self._normalize(observation)), state, is_init)
         return self.of_latent(latent), latent, state
 
+    def last_steps(
+        self, observation: Observation, state: TensorDict, is_init: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the head gives ``[N, steps, A, Z]`` and latents ``[N, steps, D]`` of the last `steps` of T."""
+        features = self.encoder(self._normalize(observation))
+        latent = self.trunk.last_steps(features, state, is_init, steps)
+        return self.of_latent(latent), latent
+
     def of_latent(self, latent: Tensor) -> Tensor:
         """What the head gives ``[..., A, Z]`` for latents ``[..., D]``."""
         return self._in_float32(self.head, latent)

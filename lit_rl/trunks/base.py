@@ -64,3 +64,12 @@ class Trunk(nn.Module, ABC):
             `state`. Nothing received is changed in place. One pass over T steps equals T passes of
             one step and any chunks in between, values and gradients, whatever `is_init` and `state`.
         """
+
+    def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
+        """The outputs of the last `steps` steps of a pass, ``[B, steps, D]``, for 1 <= steps <= T.
+
+        A window whose loss is on its last steps needs no other outputs. Optional: a trunk whose last layer
+        can leave the others out may do so; values and gradients must be those of `forward`.
+        """
+        y, _ = self(x, state, is_init)
+        return y[:, -steps:]

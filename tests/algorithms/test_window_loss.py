@@ -138,20 +138,35 @@ def test_errors_by_hand(options: dict[str, Any], window: Drawn, errors: list[flo
     assert priority.tolist() == pytest.approx([0.75 * max(errors) + 0.25 * mean + LEAST_PRIORITY], rel=1e-6)
 
 
-@pytest.mark.parametrize(("options", "first"), [({}, 1), ({"latents": True}, 0)], ids=["alone", "latents"])
-def test_without_memory_only_what_has_a_loss_is_passed_over(options: dict[str, Any], first: int) -> None:
-    """But where latents are kept, of which the drift is measured."""
+def with_latents(window: Drawn, latents: Tensor) -> Drawn:
+    window = Drawn(window.windows.clone(), *window[1:])
+    window.windows[keys.STEPS, keys.LATENT] = latents
+    return window
+
+
+@pytest.mark.parametrize("options", [{}, {"latents": True}], ids=["alone", "latents"])
+def test_without_memory_only_what_has_a_loss_is_passed_over(options: dict[str, Any]) -> None:
     model = table(window=2, loss_steps=1, **options)
     passed: list[Tensor] = []
     model.agent.trunk.register_forward_hook(lambda module, given, _: passed.append(given[0][0].argmax(-1)))
-    window = TWO
-    if model.loss.latents:
-        window = Drawn(TWO.windows.clone(), *TWO[1:])
-        window.windows[keys.STEPS, keys.LATENT] = torch.zeros(1, 3, 3)
-    loss, _, _ = window_loss(model, window)
+    window = with_latents(TWO, torch.zeros(1, 3, 3)) if model.loss.latents else TWO
+    loss, _, measured = window_loss(model, window)
     assert loss.item() == pytest.approx(26.5)
-    assert passed[0].tolist() == [0, 1, 2][first:2]  # what learns; then what judges the step behind
-    assert [steps.tolist() for steps in passed[1:]] == [[2] if first else [1, 2]]
+    assert [steps.tolist() for steps in passed] == [[1], [2]]  # what learns; then what judges the step behind
+    if model.loss.latents:
+        assert measured["drift"].item() == pytest.approx(1.0)  # of a one-hot latent from zero
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_stored_latents_alone_stand_behind_the_last_step(double: bool) -> None:
+    """With one step in the loss the target network passes over nothing."""
+    model = table(window=2, loss_steps=1, latents=True, latent_targets=True, double=double)
+    passed: list[Tensor] = []
+    model.target.trunk.register_forward_hook(lambda module, given, _: passed.append(given[0]))
+    # Of a stored latent twice state 2 the online network prefers 1, and the target network says 100 and 120.
+    _, _, measured = window_loss(model, with_latents(TWO, 2 * torch.eye(3)[None]))
+    assert measured["td_error"].item() == pytest.approx(2 + (100 if double else 120) / 2)
+    assert not passed
 
 
 def test_squared_errors_by_hand() -> None:

@@ -204,6 +204,20 @@ class HasOptionWithoutAnnotation(Good):
         super().__init__(in_features, d_model=d_model)
 
 
+class LeavesOutWhatLeadsUp(Good):
+    def last_steps(self, x, state, is_init, steps):
+        return self(x[:, -steps:], state, is_init[:, -steps:])[0]
+
+
+class DetachesWhatLeadsUp(Good):
+    def last_steps(self, x, state, is_init, steps):
+        early = x.shape[1] - steps
+        if early:
+            with torch.no_grad():
+                _, state = self(x[:, :early], state, is_init[:, :early])
+        return self(x[:, early:], state, is_init[:, early:])[0]
+
+
 class NamesFeaturesOtherwise(Good):
     def __init__(self, n_inputs: int) -> None:
         super().__init__(n_inputs)
@@ -230,6 +244,8 @@ CAUGHT = [
     (SeesTheFuture, contract.check_values_agree, "T passes of one step"),
     (HidesMemory, contract.check_values_agree, "T passes of one step"),
     (DetachesEachPass, contract.check_gradients_agree, "gradient of parameter"),
+    (LeavesOutWhatLeadsUp, contract.check_last_steps, r"the last 1 of 17 steps, .*: y is off"),
+    (DetachesWhatLeadsUp, contract.check_last_steps, r"the last 1 of 17 steps, .*gradient of"),
     (DetachesEachStep, contract.check_gradients_are_slopes, "slope along parameter"),
     (IgnoresResets, contract.check_reset_starts_afresh, "row 0, episode from t=0: y"),
     (IgnoresResets, contract.check_no_leak_between_episodes, "reset at t=0"),

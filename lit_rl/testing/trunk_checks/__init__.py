@@ -15,6 +15,7 @@ CHECKS: tuple[Check, ...] = (
     contract.check_inputs_unchanged,
     contract.check_values_agree,
     contract.check_gradients_agree,
+    contract.check_last_steps,
     contract.check_gradients_are_slopes,
     contract.check_reset_starts_afresh,
     contract.check_no_leak_between_episodes,

@@ -34,6 +34,7 @@ from lit_rl.testing.trunk_checks.runs import (
     T,
     differentiable,
     gradients,
+    gradients_of,
     inputs_from_start,
     inputs_in_flight,
     leaves,
@@ -118,6 +119,20 @@ def check_gradients_agree(subject: Subject) -> None:
     trunk = subject.build()
     for context, inputs in situations(trunk):
         assert_modes_agree(trunk, inputs, gradients, assert_gradients_close, FLOAT32, context)
+
+
+def check_last_steps(subject: Subject) -> None:
+    """`last_steps` gives the last outputs of a pass, with their gradients."""
+    trunk = subject.build()
+    for context, inputs in situations(trunk):
+        for steps in (1, 3, T):
+            given = inputs.with_gradients()
+            alone = trunk.last_steps(given.x, given.state, given.is_init, steps)
+            whole = trunk(given.x, given.state, given.is_init)[0][:, -steps:]
+            where = f"the last {steps} of {T} steps, {context}"
+            assert_values_close({"y": alone}, {"y": whole}, FLOAT32, where)
+            found, expected = (gradients_of(trunk, given, objective(y, TensorDict())) for y in (alone, whole))
+            assert_gradients_close(found, expected, FLOAT32, where)
 
 
 def check_gradients_are_slopes(subject: Subject) -> None:

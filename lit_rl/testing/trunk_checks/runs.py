@@ -187,7 +187,11 @@ def objective(y: Tensor, state: TensorDict) -> Tensor:
 def gradients(trunk: Trunk, inputs: Inputs, chunks: Sequence[int]) -> dict[str, Tensor]:
     """Gradient of `objective` in parameters, features and initial state, by name; zero if there is none."""
     inputs = inputs.with_gradients()
+    return gradients_of(trunk, inputs, objective(*run(trunk, inputs, chunks)))
+
+
+def gradients_of(trunk: Trunk, inputs: Inputs, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of `loss` in parameters, features and initial state, by name; zero if there is none."""
     wanted = {name: tensor for name, tensor in differentiable(trunk, inputs).items() if tensor.requires_grad}
-    loss = objective(*run(trunk, inputs, chunks))
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(wanted, found, strict=True))

@@ -77,6 +77,9 @@ class Mixer(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``y [B, T, D]`` and the state after the last step."""
 
+    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
+        """``y [B, steps, D]`` of the last steps alone, see `Trunk.last_steps`."""
+
     def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
         """``[B, M, T, T]``, what step s (column) of each head's input adds to its output at step t (row).
 
@@ -97,15 +100,23 @@ def in_pieces(
     layer: Layer, channels: int, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``layer(x, state, is_init)``, on the CPU by pieces of at most `PIECE` numbers; `channels` a step."""
-    rows, steps, _ = x_BTD.shape
-    at_once = max(1, PIECE // (rows * channels))
-    if steps <= at_once or not x_BTD.is_cpu:
+    if is_one_piece(channels, x_BTD):
         return layer(x_BTD, state, is_init_BT)
+    at_once = _steps_at_once(channels, x_BTD)
     outputs = []
     for x_BtD, is_init_Bt in zip(x_BTD.split(at_once, 1), is_init_BT.split(at_once, 1), strict=True):
         y_BtD, state = layer(x_BtD, state, is_init_Bt)
         outputs.append(y_BtD)
     return torch.cat(outputs, dim=1), state
+
+
+def is_one_piece(channels: int, x_BTD: Tensor) -> bool:
+    """Whether `in_pieces` takes all steps at once."""
+    return not x_BTD.is_cpu or x_BTD.shape[1] <= _steps_at_once(channels, x_BTD)
+
+
+def _steps_at_once(channels: int, x_BTD: Tensor) -> int:
+    return max(1, PIECE // (x_BTD.shape[0] * channels))
 
 
 class Block(nn.Module):
@@ -121,6 +132,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         y_BTD, memory = self.mixer(self.norm(u_BTD), memory, is_init_BT)
         return u_BTD + y_BTD, memory
+
+    def last_steps(self, u_BTD: Tensor, memory: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
+        """``[B, steps, D]``, what `forward` gives of the last steps."""
+        return u_BTD[:, -steps:] + self.mixer.last_steps(self.norm(u_BTD), memory, is_init_BT, steps)
 
 
 class ResidualTrunk(Trunk):
@@ -164,6 +179,16 @@ class ResidualTrunk(Trunk):
             leaving.append(memory)
         leaves = {key: _stack([memory[key] for memory in leaving]) for key in self._state_shapes}
         return self.norm_f(u_BTD), TensorDict(leaves, batch_size=state.batch_size)
+
+    def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
+        """As of a pass; the last layer projects out nothing else."""
+        is_init_BT = self.resets(is_init)
+        u_BTD, memories = self._embed(x), self._memories(x, state)
+        *lower, last = zip(self.layers, memories, strict=True)
+        for block, memory in lower:
+            u_BTD, _ = block(u_BTD, memory, is_init_BT)
+        block, memory = last
+        return self.norm_f(block.last_steps(u_BTD, memory, is_init_BT, steps))
 
     def hidden_attention(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """For each layer ``[B, M, T, T]``, see `Mixer.hidden_attention`."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from lit_rl.trunks import Linear, linear
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, is_one_piece, mean_size, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
 from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
@@ -93,16 +93,26 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
 
+    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
+        if not is_one_piece(self.out_proj.in_features, x_BTD):
+            return self(x_BTD, state, is_init_BT)[0][:, -steps:]
+        return self._piece(x_BTD, state, is_init_BT, slice(-steps, None))[0]
+
     def _piece(
-        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+        self,
+        x_BTD: Tensor,
+        state: dict[str, Tensor],
+        is_init_BT: Tensor,
+        wanted: slice = slice(None),
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outputs of the `wanted` steps, and the state after all of them."""
         x_BTE, z_BTE, conv_BEP = self._convolve(x_BTD, state, is_init_BT)
         dt_BTE, B_BTN, C_BTN = self._select(x_BTE)
         A_EN = -torch.exp(self.A_log)
         y_BTE, h_BEN = selective_scan(
             x_BTE, dt_BTE, A_EN, B_BTN, C_BTN, state["ssm"], is_init_BT, scan=self.scan
         )
-        y_BTE = torch.addcmul(y_BTE, self.D, x_BTE) * silu(z_BTE)
+        y_BTE = torch.addcmul(y_BTE[:, wanted], self.D, x_BTE[:, wanted]) * silu(z_BTE[:, wanted])
         return self.out_proj(y_BTE), {"conv": conv_BEP, "ssm": h_BEN}
 
     def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:

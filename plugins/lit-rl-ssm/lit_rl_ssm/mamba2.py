@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lit_rl.compiled import can_be_compiled
 from lit_rl.trunks import Linear
 from lit_rl_ssm import kernels
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, mean_size, require_sizes
+from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, is_one_piece, mean_size, require_sizes
 from lit_rl_ssm.compiled_mamba2_step import compiled_mamba2_step
 from lit_rl_ssm.compiled_ssd import compiled_ssd
 from lit_rl_ssm.convolution import causal_convolution
@@ -140,15 +140,25 @@ class Mamba2Mixer(nn.Module):
             return False
         return can_be_compiled(x_BTD, *state.values(), *weights.values())
 
+    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
+        if not is_one_piece(self.out_proj.in_features, x_BTD):
+            return self(x_BTD, state, is_init_BT)[0][:, -steps:]
+        return self._piece(x_BTD, state, is_init_BT, slice(-steps, None))[0]
+
     def _piece(
-        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+        self,
+        x_BTD: Tensor,
+        state: dict[str, Tensor],
+        is_init_BT: Tensor,
+        wanted: slice = slice(None),
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outputs of the `wanted` steps, and the state after all of them."""
         projected = self.in_proj(x_BTD)
         # Autocast rounds the products around; what memories are made of keeps the parameters' precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
             z_BTE, selected, conv = self._select(projected, state, is_init_BT)
             y_BTHP, ssm = self._scan(selected, state["ssm"], is_init_BT)
-            y_BTE = self.norm.gated(y_BTHP.flatten(2), z_BTE)
+            y_BTE = self.norm.gated(y_BTHP.flatten(2)[:, wanted], z_BTE[:, wanted])
         return self.out_proj(y_BTE), {"conv": conv, "ssm": ssm}
 
     def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:

@@ -127,6 +127,8 @@ def test_mixer_equals_the_literal_block(monkeypatch, steps, piece, backend):
         tensors += torch.autograd.grad(total, sources)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for last_steps in (1, steps):
+        torch.testing.assert_close(mixer.last_steps(x, state, is_init, last_steps), y[:, -last_steps:])
 
 
 @pytest.mark.parametrize("size", NAMES_AND_SHAPES, ids=str)

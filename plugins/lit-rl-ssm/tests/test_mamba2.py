@@ -167,6 +167,7 @@ def test_pieces_of_a_long_sequence_join(monkeypatch, numbers):
     piece = mixer._piece
     monkeypatch.setattr(mixer, "_piece", lambda x, *others: lengths.append(x.shape[1]) or piece(x, *others))
     found = values_and_gradients(mixer, mixer, *inputs)
+    torch.testing.assert_close(mixer.last_steps(*inputs, 5), mixer(*inputs)[0][:, -5:])
     assert max(lengths) == max(1, numbers // 48)
     for found_of, expected_of in zip(found, expected, strict=True):
         for name, reference in expected_of.items():

@@ -82,6 +82,11 @@ class WindowAttention(nn.Module):
         y_GHSC = scaled_dot_product_attention(*heads)
         return self.out(window.join(y_GHSC.transpose(1, 2).flatten(2))), kv_BME
 
+    def remember(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
+        """The cache after the pass alone, ``[B, M, E]``."""
+        _, new_BTE = self._project(x_BTD, window)
+        return window.cache_after(kv_BME, new_BTE.to(kv_BME.dtype))
+
     def weights(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
         """As `attention_map`, with a window at hand."""
         (q_GHSC, k_GHWC, _, bias), _ = self._heads(x_BTD, kv_BME, window)

@@ -49,6 +49,10 @@ class Layer(nn.Module):
         x_BTD = self.join_attention(x_BTD, attended_BTD)
         return self.join_mlp(x_BTD, self.mlp(self.mlp_norm(x_BTD))), kv_BME
 
+    def remember(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
+        """The cache after this layer alone."""
+        return self.attention.remember(self.attention_norm(x_BTD), kv_BME, window)
+
     def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
         """The stream after the attention."""
         return x_BTD + update_BTD
@@ -84,7 +88,8 @@ class AttentionTrunk(Trunk):
         return TensorDict(empty, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        x_BTD, caches, window = self._enter(x, state, is_init)
+        x_BTD, caches = self._enter(x, state)
+        window = self._window(caches["age"], is_init)
         after = {"age": window.age_after_B}
         for key, layer in self._stack():
             x_BTD, after[key] = layer(x_BTD, caches[key], window)
@@ -92,16 +97,35 @@ class AttentionTrunk(Trunk):
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """Weights between the steps of the pass, ``[B, T, T]`` a layer: mean over heads, cache left out."""
-        x_BTD, caches, window = self._enter(x, state, is_init)
-        maps = []
+        x_BTD, caches = self._enter(x, state)
+        window, maps = self._window(caches["age"], is_init), []
         for key, layer in self._stack():
             maps.append(layer.attention.weights(layer.attention_norm(x_BTD), caches[key], window))
             x_BTD, _ = layer(x_BTD, caches[key], window)
         return maps
 
-    def _enter(
-        self, x: Tensor, state: TensorDict, is_init: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Window]:
+    def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
+        """As of a pass; of the steps before, the last layer does but what they leave in its cache."""
+        early = x.shape[1] - steps
+        if early < 1:
+            return super().last_steps(x, state, is_init, steps)
+        x_BTD, caches = self._enter(x, state)
+        *lower, (key, last) = self._stack()
+        if lower:
+            window = self._window(caches["age"], is_init)
+            for lower_key, layer in lower:
+                x_BTD, _ = layer(x_BTD, caches[lower_key], window)
+        before = self._window(caches["age"], is_init[:, :early])
+        after = self._window(before.age_after_B, is_init[:, early:])
+        kv_BME = last.remember(x_BTD[:, :early], caches[key], before)
+        x_BTD, _ = last(x_BTD[:, early:], kv_BME, after)
+        return self.last(x_BTD)
+
+    def _window(self, age_B: Tensor, is_init_BT: Tensor) -> Window:
+        _, first = next(self._stack())
+        return first.attention.window(age_B, is_init_BT)
+
+    def _enter(self, x: Tensor, state: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
         entries = cast(dict[str, Tensor], dict(state.items()))
         shapes = {key: tuple(entry.shape) for key, entry in entries.items()}
         rows = x.shape[0]
@@ -111,10 +135,8 @@ class AttentionTrunk(Trunk):
                 f"the state holds {shapes}, not {expected}: it is another trunk's, of other options or of "
                 "another number of rows; begin from this trunk's initial_state"
             )
-        _, first = next(self._stack())
-        window = first.attention.window(entries["age"], is_init)
         # Under autocast products are rounded; the stream, to which every layer adds, keeps its own precision.
-        return self.embed(x).to(self.embed.weight.dtype), entries, window
+        return self.embed(x).to(self.embed.weight.dtype), entries
 
     def _stack(self) -> Iterator[tuple[str, Layer]]:
         return zip(self.cache_keys, cast(Iterable[Layer], self.layers), strict=True)

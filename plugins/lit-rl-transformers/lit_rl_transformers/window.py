@@ -89,11 +89,22 @@ class Window:
     def slide(self, cache_BME: Tensor, new_BTE: Tensor) -> tuple[Tensor, Tensor]:
         """What the blocks read, ``[B*N, W, E]``, and the cache after the pass, ``[B, M, E]``."""
         B, _, E = new_BTE.shape
-        slots = torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
+        slots = self._slots(cache_BME, new_BTE)
         read_GWE = slots.index_select(0, self.read).view(-1, self.memory + self.block_steps, E)
         if self.keep is None:
             return read_GWE, read_GWE[:, 1:]
         return read_GWE, slots.index_select(0, self.keep).view(B, self.memory, E)
+
+    def cache_after(self, cache_BME: Tensor, new_BTE: Tensor) -> Tensor:
+        """The cache after the pass alone, ``[B, M, E]``."""
+        if self.keep is None:
+            return self.slide(cache_BME, new_BTE)[1]
+        slots = self._slots(cache_BME, new_BTE)
+        return slots.index_select(0, self.keep).view(cache_BME.shape)
+
+    def _slots(self, cache_BME: Tensor, new_BTE: Tensor) -> Tensor:
+        B, _, E = new_BTE.shape
+        return torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
 
     def cut(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
