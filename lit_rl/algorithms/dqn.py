@@ -63,9 +63,9 @@ class LitDQN(LitAgent):
         window: steps of a window, L.
         context: where memory comes from at a window's start.
         burn_in: first steps of a window that only bring the memory up to date.
-        loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent. Latents are
-            compared there, too. A trunk without memory passes over these alone, and its auxiliary loss is of
-            these.
+        loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent. Drift and Delta-Q
+            are of these, too. A trunk without memory passes over these alone. A trunk's auxiliary loss is of
+            the steps that learning passes over.
         n_step: steps to look ahead in the target.
         batch_size: windows an optimizer step, M.
         updates_per_block: optimizer steps for each block of collected steps.

@@ -195,10 +195,10 @@ class WindowLoss:
     def _pass(
         self, network: QNetwork, seen: Seen, steps: int, *, ahead: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Head outputs ``[M, steps, A, Z]`` of the last steps, and their latents.
+        """Head outputs ``[M, steps, A, Z]`` of the last `steps`, and their latents.
 
-        The last of the window if not `ahead`, else of all; where stored latents stand for the steps beyond
-        the window, the latents returned are of the steps before these.
+        The last of the window, or of that and the n steps behind it if `ahead`. Where stored latents stand
+        for these n, only the window's are returned.
         """
         if ahead and self.latent_targets:
             assert seen.latent is not None

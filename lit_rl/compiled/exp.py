@@ -51,12 +51,12 @@ def _compiled_exp(x):  # type: ignore[no-untyped-def]
 
 
 def exp2(x: Any) -> Any:
-    """2^x inside compiled loops, for x of at most 127; in float32 to two units in the last place, x clamped
-    to -126 below.
+    """2^x inside compiled loops, for x of at most 127; in float32 with a relative error of at most 1.7e-7, x
+    clamped to -126 below.
 
     For whoever has exponents of two: it takes two thirds of the operations of `exp`. What x has beside the
     nearest whole number is exact; its power of two is 1 plus a polynomial of degree 5, whose largest relative
-    error is as small as it gets (9.2e-8); the whole number is added to the bits of the exponent.
+    error is as small as it gets.
     """
     return 2.0**x
 
@@ -76,7 +76,7 @@ def _compiled_exp2(x):  # type: ignore[no-untyped-def]
         shifted = x + _ROUND
         f = x - (shifted - _ROUND)
         series = ((((_P5 * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _ONE
-        bits = np.float32(series).view(np.int32) + (np.float32(shifted).view(np.int32) << 23)
-        return np.int32(bits).view(np.float32)
+        exponent_bits = np.int32((np.float32(shifted).view(np.int32) + 127) << 23)
+        return series * np.int32(exponent_bits).view(np.float32)
 
     return exp2_float32

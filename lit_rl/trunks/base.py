@@ -69,7 +69,8 @@ class Trunk(nn.Module, ABC):
         """The outputs of the last `steps` steps of a pass, ``[B, steps, D]``, for 1 <= steps <= T.
 
         A window whose loss is on its last steps needs no other outputs. Optional: a trunk whose last layer
-        can leave the others out may do so; values and gradients must be those of `forward`.
+        can leave the others out may do so; values and gradients must be those of `forward`. It sets
+        `auxiliary_loss` and `metrics` as a pass does, of what it has computed.
         """
         y, _ = self(x, state, is_init)
         return y[:, -steps:]

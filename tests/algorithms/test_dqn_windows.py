@@ -105,9 +105,9 @@ def passed(model: LitDQN, windows: TensorDict) -> tuple[Tensor, Tensor]:
 
 
 def taught(model: LitDQN, windows: TensorDict) -> dict[Place, list[tuple[float, float]]]:
-    """Predicted value and target wherever an action was taken behind the burn-in, window by window."""
+    """Predicted value and target wherever an action was taken in a step with a loss, window by window."""
     loss_of(model, windows)
-    steps = windows[keys.STEPS][:, model.loss.burn_in : model.loss.window]
+    steps = windows[keys.STEPS][:, model.loss.window - model.loss.loss_steps : model.loss.window]
     places = (steps[keys.OBSERVATION].numpy() / SCALE).astype(int)
     found: dict[Place, list[tuple[float, float]]] = {}
     for m, i in np.argwhere(steps[keys.HAS_ACTION].numpy()):
@@ -307,20 +307,23 @@ def test_drift_is_how_far_the_network_has_moved(trunk: str) -> None:
     assert after["delta_q"] > 1e-5
 
 
-def test_delta_q_is_relative_to_the_largest_value() -> None:
-    model = make("lstm", context="stored", window=4, latents=True)
+@pytest.mark.parametrize("loss_steps", [4, 2])
+def test_delta_q_is_relative_to_the_largest_value(loss_steps: int) -> None:
+    """Of the steps with a loss."""
+    model = make("lstm", context="stored", window=4, loss_steps=loss_steps, latents=True)
     _, windows = collect(model)
     stored = windows[keys.STEPS, keys.LATENT]
     stored += torch.randn_like(stored)
     _, _, measured = loss_of(model, windows)
     head, expected, drifts = model.agent.head, [], []
     values, latent = passed(model, windows)
+    learnt = slice(4 - loss_steps, 4)
     for m in range(len(windows)):
-        now = values[m]
-        was = head.values(head(stored[m, :4]))
-        acted = windows[keys.STEPS, keys.HAS_ACTION][m, :4]
+        now = values[m, learnt]
+        was = head.values(head(stored[m, learnt]))
+        acted = windows[keys.STEPS, keys.HAS_ACTION][m, learnt]
         expected += ((now - was).square().sum(-1).sqrt() / now.max().abs())[acted].tolist()
-        drifts.append((latent[m] - stored[m, :4]).square().sum(-1).sqrt()[acted].mean().item())
+        drifts.append((latent[m, learnt] - stored[m, learnt]).square().sum(-1).sqrt()[acted].mean().item())
     assert measured["delta_q"].item() == pytest.approx(np.mean(expected), rel=1e-5)
     assert measured["drift"].item() == pytest.approx(np.mean(drifts), rel=1e-5)
 

@@ -218,6 +218,16 @@ class DetachesWhatLeadsUp(Good):
         return self(x[:, early:], state, is_init[:, early:])[0]
 
 
+class BalancesWholePassesOnly(Good):
+    def forward(self, x, state, is_init):
+        y, state = super().forward(x, state, is_init)
+        self.auxiliary_loss = y.square().mean()
+        return y, state
+
+    def last_steps(self, x, state, is_init, steps):
+        return super().forward(x, state, is_init)[0][:, -steps:]
+
+
 class NamesFeaturesOtherwise(Good):
     def __init__(self, n_inputs: int) -> None:
         super().__init__(n_inputs)
@@ -246,6 +256,7 @@ CAUGHT = [
     (DetachesEachPass, contract.check_gradients_agree, "gradient of parameter"),
     (LeavesOutWhatLeadsUp, contract.check_last_steps, r"the last 1 of 17 steps, .*: y is off"),
     (DetachesWhatLeadsUp, contract.check_last_steps, r"the last 1 of 17 steps, .*gradient of"),
+    (BalancesWholePassesOnly, contract.check_last_steps, "last_steps does not"),
     (DetachesEachStep, contract.check_gradients_are_slopes, "slope along parameter"),
     (IgnoresResets, contract.check_reset_starts_afresh, "row 0, episode from t=0: y"),
     (IgnoresResets, contract.check_no_leak_between_episodes, "reset at t=0"),

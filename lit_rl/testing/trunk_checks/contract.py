@@ -133,6 +133,13 @@ def check_last_steps(subject: Subject) -> None:
             assert_values_close({"y": alone}, {"y": whole}, FLOAT32, where)
             found, expected = (gradients_of(trunk, given, objective(y, TensorDict())) for y in (alone, whole))
             assert_gradients_close(found, expected, FLOAT32, where)
+    trunk.train()  # only then may there be an auxiliary loss
+    given = inputs_from_start(trunk, torch.zeros(B, T, dtype=torch.bool))
+    trunk(given.x, given.state, given.is_init)
+    has_loss, trunk.auxiliary_loss = trunk.auxiliary_loss is not None, None
+    trunk.last_steps(given.x, given.state, given.is_init, 1)
+    if has_loss and trunk.auxiliary_loss is None:
+        raise AssertionError("a pass sets auxiliary_loss, last_steps does not")
 
 
 def check_gradients_are_slopes(subject: Subject) -> None:

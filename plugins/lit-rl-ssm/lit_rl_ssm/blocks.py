@@ -181,7 +181,7 @@ class ResidualTrunk(Trunk):
         return self.norm_f(u_BTD), TensorDict(leaves, batch_size=state.batch_size)
 
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
-        """As of a pass; the last layer projects out nothing else."""
+        """See `Trunk`; the last layer's gate and output projection run over these steps only."""
         is_init_BT = self.resets(is_init)
         u_BTD, memories = self._embed(x), self._memories(x, state)
         *lower, last = zip(self.layers, memories, strict=True)

@@ -260,7 +260,7 @@ def test_states_are_kept_for_a_gradient_only(monkeypatch):
 
 
 def test_memory_kept_for_the_backward_pass_is_no_more_than_the_input():
-    given = inputs(16 * compiled.CHUNK, 0, torch.float32, channels=8)
+    given = inputs(16 * compiled.CHUNK, 0, torch.float32)
     y, _ = compiled_scan(*given)
     d_state = given[2].shape[1]
     assert d_state < compiled.CHUNK

@@ -105,7 +105,7 @@ class AttentionTrunk(Trunk):
         return maps
 
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
-        """As of a pass; of the steps before, the last layer does but what they leave in its cache."""
+        """See `Trunk`; of the steps before these, the last layer computes only what its cache takes in."""
         early = x.shape[1] - steps
         if early < 1:
             return super().last_steps(x, state, is_init, steps)
