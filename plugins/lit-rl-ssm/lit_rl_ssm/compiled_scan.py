@@ -7,10 +7,11 @@ over. The loop over channels is innermost and becomes vector instructions. Of th
 borders are kept for the backward pass; a chunk's others are computed again. numba compiles on first use (some
 seconds a dtype) and keeps the result beside this file or in the user's cache.
 
-Arrays: u, dt, y [B, T, E]; A [N, E], times log2 e, so that exp(dt A) is a power of two; B, C [B, T, N]; h,
-first (its value before the first step) [B, N, E]; is_init [B, T]; marks [B, (T - 1) / CHUNK, N, E]; x
-[CHUNK, E], dt u of a chunk; a name with `grad_` before it is the gradient of what the rest names. Parts end
-in what they are of: _t a step, _n a state, _0 to _3 neighbouring states, _e a channel.
+Arrays: u, dt, y [B, T, E]; A [N, E], times log2 e, so that exp(dt A) is a power of two; B, C [B, T, N]; h
+[B, N, E], first its value before the first step, last that after the last; is_init [B, T]; marks
+[B, (T - 1) / CHUNK, N, E]; x [CHUNK, E], dt u of a chunk; a name with `grad_` before it is the gradient of
+what the rest names. Parts end in what they are of: _t a step, _n a state, _0 to _3 neighbouring states, _e a
+channel.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ class _CompiledScan(torch.autograd.Function):
         A_NE = A_EN.t() * math.log2(math.e)
         inputs = [t.contiguous() for t in (u_BTE, dt_BTE, A_NE, B_BTN, C_BTN, is_init_BT)]
         first_BNE = h_BEN.transpose(1, 2).contiguous()
-        h_BNE = first_BNE.clone()
+        h_BNE = torch.empty_like(first_BNE)
         y_BTE = inputs[0].new_empty(u_BTE.shape)
         B, T, E = u_BTE.shape
         marks = h_BNE.new_empty(B, max(T - 1, 0) // CHUNK if is_learning else 0, *h_BNE.shape[1:])
-        _forward(*arrays(*inputs, h_BNE, y_BTE, marks, h_BNE.new_empty(CHUNK, E)))
+        _forward(*arrays(*inputs, first_BNE, h_BNE, y_BTE, marks, h_BNE.new_empty(CHUNK, E)))
         ctx.save_for_backward(*inputs, first_BNE if is_learning else None, marks)
         ctx.set_materialize_grads(False)
         return y_BTE, h_BNE.transpose(1, 2)
@@ -74,17 +75,17 @@ class _CompiledScan(torch.autograd.Function):
     def backward(ctx: Any, grad_y_BTE: Tensor | None, grad_h_BEN: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, is_init, first, marks = ctx.saved_tensors
         grad_y_BTE = torch.zeros_like(u) if grad_y_BTE is None else grad_y_BTE.contiguous()
-        if grad_h_BEN is None:
-            grad_h_BNE = torch.zeros_like(first)
-        else:
-            grad_h_BNE = grad_h_BEN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        grad_last = first[:0] if grad_h_BEN is None else grad_h_BEN.transpose(1, 2).contiguous()
+        wants_first = ctx.needs_input_grad[5]
+        grad_h = torch.empty_like(first if wants_first else first[:1])
         grad_u, grad_dt, grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (u, dt, A, B, C))
         room = [A.new_empty(*shape, u.shape[2]) for shape in ([CHUNK], [CHUNK], [2, CHUNK], [2, CHUNK], [2])]
         _backward(
-            *arrays(u, dt, A, B, C, is_init, first, marks, grad_y_BTE, grad_h_BNE),
+            *arrays(u, dt, A, B, C, is_init, first, marks, grad_y_BTE, grad_last, grad_h),
             *arrays(grad_u, grad_dt, grad_A, grad_B, grad_C, *room),
         )
-        return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_h_BNE.transpose(1, 2), None, None
+        grad_first_BEN = grad_h.transpose(1, 2) if wants_first else None
+        return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_first_BEN, None, None
 
 
 # "contract" lets a product and a sum become one instruction; order of summation is free only backward, where
@@ -97,14 +98,19 @@ def _forward(
     B: Array,
     C: Array,
     is_init: Array,
+    first: Array,
     h: Array,
     y: Array,
     marks: Array,
     x: Array,
 ) -> None:
+    """`h` is left as the last state."""
     rows, steps, channels = u.shape
     states, zero = A.shape[0], u.dtype.type(0)
     for b in range(rows):
+        for n in range(states):
+            for e in range(channels):
+                h[b, n, e] = first[b, n, e]
         for start in range(0, steps, CHUNK):
             stop = min(start + CHUNK, steps)
             if start > 0 and marks.shape[1] > 0:
@@ -156,6 +162,7 @@ def _backward(
     first: Array,
     marks: Array,
     grad_y: Array,
+    grad_last: Array,
     grad_h: Array,
     grad_u: Array,
     grad_dt: Array,
@@ -168,7 +175,8 @@ def _backward(
     carried: Array,
     h: Array,
 ) -> None:
-    """`grad_h` comes as the gradient of the last state and leaves as that of the first.
+    """`grad_last` has no rows where nothing comes from the last state. `grad_h` is left as the gradient of
+    the first one if it has all rows, and is room for one row if not.
 
     Of two states and a chunk's steps `decay` and `carried` [2, CHUNK, E] keep exp(dt_t A) and what it leaves
     of h_{t-1}; `h` [2, E] is the states themselves. The steps of a state lie together: if they alternated,
@@ -177,6 +185,11 @@ def _backward(
     rows, steps, channels = u.shape
     states, zero, ln_2 = A.shape[0], u.dtype.type(0), u.dtype.type(math.log(2))
     for b in range(rows):
+        grad_h_b = grad_h[b] if grad_h.shape[0] == rows else grad_h[0]
+        if grad_last.shape[0] == rows:
+            grad_h_b[:] = grad_last[b]
+        else:
+            grad_h_b[:] = zero
         for start in range((steps - 1) // CHUNK * CHUNK, -1, -CHUNK):
             size = min(CHUNK, steps - start)
             entering = marks[b, start // CHUNK - 1] if start > 0 else first[b]
@@ -207,8 +220,8 @@ def _backward(
                         carried_0[e], carried_1[e] = carried_0e, carried_1e
                         h_0[e], h_1[e] = carried_0e + x_e * B_0, carried_1e + x_e * B_1
                 grad_h_0, grad_h_1, grad_A_0, grad_A_1 = (
-                    grad_h[b, n],
-                    grad_h[b, n + 1],
+                    grad_h_b[n],
+                    grad_h_b[n + 1],
                     grad_A[n],
                     grad_A[n + 1],
                 )
@@ -241,7 +254,7 @@ def _backward(
                     grad_B[b, t, n], grad_B[b, t, n + 1] = grad_B_0, grad_B_1
                     grad_C[b, t, n], grad_C[b, t, n + 1] = grad_C_0, grad_C_1
                     if is_init[b, t]:
-                        grad_h[b, n : n + 2] = zero
+                        grad_h_b[n : n + 2] = zero
             for n in range(states - states % 2, states):
                 A_n, h_n = A[n], h[0]
                 h_n[:] = entering[n]
@@ -261,7 +274,7 @@ def _backward(
                         carried_e = decay_e * h_n[e]
                         decay_t[e], carried_t[e] = decay_e, carried_e
                         h_n[e] = carried_e + x_t[e] * B_n
-                grad_h_n, grad_A_n = grad_h[b, n], grad_A[n]
+                grad_h_n, grad_A_n = grad_h_b[n], grad_A[n]
                 for k in range(size - 1, -1, -1):
                     t = start + k
                     dt_t, x_t, grad_y_t = dt[b, t], x[k], grad_y[b, t]

@@ -249,7 +249,7 @@ def test_states_are_kept_for_a_gradient_only(monkeypatch):
     marks = []
     run = compiled._forward
     monkeypatch.setattr(
-        compiled, "_forward", lambda *arrays: (marks.append(arrays[8].shape[1]), run(*arrays))
+        compiled, "_forward", lambda *arrays: (marks.append(arrays[9].shape[1]), run(*arrays))
     )
     given = inputs(3 * compiled.CHUNK, 0, torch.float32)
     compiled_scan(*given)
