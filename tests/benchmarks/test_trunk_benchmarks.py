@@ -188,7 +188,7 @@ def test_table_of_checks_and_costs(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert list(refuses.values()) == ["refuses", "0 passed, 1 failed", "-", "-", "-", "-"]
     assert list(lstm) == ["trunk", "checks", "B=2 ms", "B=2 / lstm", "B=2 MiB", "B=2 MiB / lstm"]
     assert lstm["B=2 / lstm"] == lstm["B=2 MiB / lstm"] == 1
-    assert lstm["checks"] == choice["checks"] == "18 passed, 0 failed"
+    assert lstm["checks"] == choice["checks"] == "19 passed, 0 failed"
     assert faulty["trunk"] == "faulty"
     assert not faulty["checks"].endswith(" 0 failed")
     assert gpu_check.summary(rows) == ("2 right, 2 failed, 1 not checked", 1)
