@@ -54,9 +54,9 @@ def exp2(x: Any) -> Any:
     """2^x inside compiled loops, for x of at most 127; in float32 with a relative error of at most 1.7e-7, x
     clamped to -126 below.
 
-    For whoever has exponents of two: it takes two thirds of the operations of `exp`. What x has beside the
-    nearest whole number is exact; its power of two is 1 plus a polynomial of degree 5, whose largest relative
-    error is as small as it gets.
+    For whoever has exponents of two: it takes three quarters of the operations of `exp`. What x has beside
+    the nearest whole number is exact; its power of two is 1 plus a polynomial of degree 5, whose largest
+    relative error is as small as it gets.
     """
     return 2.0**x
 
