@@ -40,11 +40,11 @@ class LitDQN(LitAgent):
     """Double DQN on windows, uniform or prioritized, with or without memory from before the window.
 
     Where memory comes from at a window's start is the `context`: `window` starts empty, and then the agent
-    acts on the last `window` observations alone, too (Latent Mamba-DQN); `stored` takes the memory that the
-    agent had there when it acted (R2D2's stored state). Either may spend the first `burn_in` steps on
-    bringing the memory up to date, without loss or gradient, or restrict the loss to the last `loss_steps`
-    with the gradient reaching through the whole window. With ``loss_steps=1`` and a stride of 1 there is a
-    window, and a priority, for each step.
+    acts on the last `window` observations alone, too, and bootstraps from values of such windows (Latent
+    Mamba-DQN); `stored` takes the memory that the agent had there when it acted (R2D2's stored state).
+    Either may spend the first `burn_in` steps on bringing the memory up to date, without loss or gradient,
+    or restrict the loss to the last `loss_steps` with the gradient reaching through the whole window. With
+    ``loss_steps=1`` and a stride of 1 there is a window, and a priority, for each step.
 
     `latents` keeps what the trunk made of each step when it acted. Latent Mamba-DQN stores latents and leaves
     open what for; here they serve to measure how far the representation has moved since (``train/drift``, the
@@ -185,6 +185,7 @@ class LitDQN(LitAgent):
         loss_steps = window - burn_in if loss_steps is None else loss_steps
         self.loss = WindowLoss(
             window=window,
+            context=context,
             burn_in=burn_in,
             loss_steps=loss_steps,
             n_step=n_step,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -92,10 +92,15 @@ class Prediction(NamedTuple):
 class WindowLoss:
     """What `LitDQN` descends; its fields are options of that.
 
-    Without a memory nothing passes over the steps before those with a loss.
+    Without a memory nothing passes over the steps before those with a loss. With an empty one at a window's
+    start (``context: window``) values to bootstrap from are of a window, too, one n steps later: they see as
+    many steps as those that learn from them, at most what acting sees, because nothing is ever learnt of
+    longer windows. (If L + n - 1 steps are more than a window, it begins only W - L + 1 steps later, so as to
+    hold all ends of episodes.) A memory that is `stored` goes on through the window and the n steps behind.
     """
 
     window: int
+    context: Literal["window", "stored"]
     burn_in: int
     loss_steps: int
     n_step: int
@@ -136,7 +141,7 @@ class WindowLoss:
     def predict(self, agent: QNetwork, lesson: Lesson) -> Prediction:
         """The pass that learns."""
         seen, head, L = lesson.seen, agent.head, self.loss_steps
-        if self.double and not agent.is_memoryless:
+        if self.double and not agent.is_memoryless and not self._bootstraps_later_window:
             # One pass: what follows is little, and a second one costs more than the gradient of that.
             out_MTAZ, latent_MTD = self._pass(agent, seen, L + self.n_step)
             auxiliary = agent.auxiliary_loss()
@@ -192,6 +197,10 @@ class WindowLoss:
             measured["auxiliary_loss"] = torch.stack(auxiliary).mean()
         return priority_M + LEAST_PRIORITY, measured
 
+    @property
+    def _bootstraps_later_window(self) -> bool:
+        return self.context == "window" and not self.latent_targets
+
     def _pass(
         self, network: QNetwork, seen: Seen, steps: int, *, ahead: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -209,10 +218,15 @@ class WindowLoss:
             out_MTAZ, latent_MTD = self._pass(network, seen, steps - self.n_step, ahead=False)
             return torch.cat([out_MTAZ, to_come_MnAZ], 1), latent_MTD
         stop, state_M = self.window + self.n_step if ahead else self.window, seen.state
-        start = stop - steps if network.is_memoryless else self.burn_in
-        if start and not network.is_memoryless:
-            with torch.no_grad():
-                _, _, state_M = network(seen.observation[:, :start], state_M, seen.is_init[:, :start])
+        if network.is_memoryless:
+            start = stop - steps
+        elif ahead and self._bootstraps_later_window:
+            start = min(self.n_step, stop - steps)  # earlier where an episode may be cut off before that
+        else:
+            start = self.burn_in
+            if start:
+                with torch.no_grad():
+                    _, _, state_M = network(seen.observation[:, :start], state_M, seen.is_init[:, :start])
         passed = slice(start, stop)
         return network.last_steps(seen.observation[:, passed], state_M, seen.is_init[:, passed], steps)
 

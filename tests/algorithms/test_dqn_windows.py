@@ -3,7 +3,9 @@
 The reference knows no windows: it goes through whole episodes step by step, in plain Python.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,23 +149,47 @@ def values_along(network: QNetwork, steps: list[Step]) -> list[list[float]]:
     return values
 
 
+Values = Callable[[QNetwork, int], list[float]]  # action values at a step of one episode
+
+
+def equations(
+    model: LitDQN,
+    steps: list[Step],
+    t: int,
+    action: int,
+    predicted: Values,
+    bootstrap: Values,
+    *,
+    truncation_ends: bool = False,
+) -> tuple[float, float]:
+    """Predicted value and target of step t, as the equations say it."""
+    total, k = 0.0, 0
+    while k < model.loss.n_step and t + k < len(steps):
+        total += GAMMA**k * steps[t + k].reward * REWARD_SCALE
+        k += 1
+    if not (t + k == len(steps) and (steps[-1].terminated or (truncation_ends and steps[-1].truncated))):
+        best = int(np.argmax(bootstrap(model.agent if model.loss.double else model.target, t + k)))
+        total += GAMMA**k * bootstrap(model.target, t + k)[best]
+    return predicted(model.agent, t)[action], total
+
+
+def _value_along(along: dict[QNetwork, list[list[float]]], network: QNetwork, t: int) -> list[float]:
+    return along[network][t]
+
+
 def reference(
     model: LitDQN, env: Stream, *, truncation_ends: bool = False
 ) -> dict[Place, tuple[float, float]]:
-    """Predicted value and target of every step, as the equations say it."""
+    """Predicted value and target of every step, from passes over whole episodes."""
     expected = {}
     for steps, actions in episodes_of(env):
-        online, target = values_along(model.agent, steps), values_along(model.target, steps)
-        ends = steps[-1].terminated or (truncation_ends and steps[-1].truncated)
+        along = {network: values_along(network, steps) for network in (model.agent, model.target)}
+        values = partial(_value_along, along)
         for t, action in enumerate(actions):
-            total, k = 0.0, 0
-            while k < model.loss.n_step and t + k < len(steps):
-                total += GAMMA**k * steps[t + k].reward * REWARD_SCALE
-                k += 1
-            if not (t + k == len(steps) and ends):
-                best = int(np.argmax((online if model.loss.double else target)[t + k]))
-                total += GAMMA**k * target[t + k][best]
-            expected[tuple(map(int, steps[t].observation))] = online[t][action], total
+            place = tuple(map(int, steps[t].observation))
+            expected[place] = equations(
+                model, steps, t, action, values, values, truncation_ends=truncation_ends
+            )
     return expected
 
 
@@ -171,6 +197,42 @@ def worst(found: dict[Place, list[tuple[float, float]]], expected: dict[Place, t
     """The largest deviation of a predicted value or target; these are up to 20."""
     pairs = [(pair, expected[place]) for place, pairs in found.items() for pair in pairs]
     return float(np.abs(np.array([np.subtract(*pair) for pair in pairs])).max())
+
+
+def worst_of_windows(model: LitDQN, env: Stream, windows: TensorDict, *, longer: int = 0) -> float:
+    """The largest deviation where every value is one of a window, and those to bootstrap from are of windows
+    that begin n steps later; of longer ones by so many steps, to compare."""
+    episodes = list(episodes_of(env))
+    places = {
+        tuple(map(int, steps[t].observation)): (number, t)
+        for number, (steps, actions) in enumerate(episodes)
+        for t in range(len(actions))
+    }
+
+    @functools.cache
+    @torch.no_grad()
+    def values_from(number: int, begin: int, network: QNetwork, t: int) -> list[float]:
+        """At step t of an episode, of the observations since step `begin` and an empty memory."""
+        steps, _ = episodes[number]
+        observations = [step.observation for step in steps] + [steps[-1].last]
+        seen = torch.tensor(np.array(observations[max(0, begin) : t + 1], np.float32) * SCALE)[None]
+        nothing_begins = torch.zeros(seen.shape[:2], dtype=torch.bool)
+        out, _, _ = network(seen, network.trunk.initial_state(1), nothing_begins)
+        return network.head.values(out)[0, -1].tolist()
+
+    loss_of(model, windows)
+    told, first, deviations = model.agent.head.told, model.loss.window - model.loss.loss_steps, []
+    acted = windows[keys.STEPS, keys.HAS_ACTION][:, first : model.loss.window]
+    for m, i in np.argwhere(acted.numpy()):
+        observation = windows[keys.STEPS, keys.OBSERVATION][m, first + i].numpy() / SCALE
+        number, t = places[tuple(observation.astype(int).tolist())]
+        steps, actions = episodes[number]
+        begin = t - int(first + i)
+        of_window = partial(values_from, number, begin)
+        of_later_window = partial(values_from, number, begin + model.loss.n_step - longer)
+        expected = equations(model, steps, t, actions[t], of_window, of_later_window)
+        deviations += np.subtract([numbers[m, i].item() for numbers in told], expected).tolist()
+    return float(np.abs(deviations).max())
 
 
 # ------------------------------------------------------------------ targets
@@ -252,6 +314,46 @@ def test_acting_on_a_window_is_learning_on_it(trunk: str, window: int) -> None:
     torch.testing.assert_close(values[:, -1], acting_values, atol=1e-5, rtol=0)
     _, _, measured = loss_of(model, windows)
     assert measured["drift"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 5, "loss_steps": 1},
+        {"window": 4, "double": False},
+        {"window": 4, "loss_steps": 2, "n_step": 2},
+        {"window": 5, "loss_steps": 1, "n_step": 3, "burn_in": 2},
+    ],
+    ids=["one step", "loss on the last", "loss on all, not double", "on two, n=2", "burn-in, n=3"],
+)
+@pytest.mark.parametrize("trunk", installed_trunks())
+def test_windows_bootstrap_from_windows(trunk: str, options: dict[str, Any]) -> None:
+    """From values that acting would give, not from those of longer windows, which nothing is learnt of."""
+    model = make(trunk, context="window", **options)
+    env, windows = collect(model, blocks=3)
+    assert worst_of_windows(model, env, windows) < 1e-5
+    if trunk != "mlp":
+        assert worst_of_windows(model, env, windows, longer=1) > 1e-4
+
+
+@pytest.mark.parametrize("trunk", WITH_MEMORY)
+def test_windows_reach_back_for_ends_of_episodes(trunk: str) -> None:
+    """With a loss on all steps, n of them ahead, a cut may come before the later window begins."""
+    model = make(trunk, context="window", window=4, n_step=3, double=False)
+    _, windows = collect(model)
+    loss_of(model, windows)
+    steps = windows[keys.STEPS]
+    cut = ~steps[keys.HAS_ACTION][:, 1] & ~steps[keys.TERMINATED][:, 0] & steps[keys.HAS_ACTION][:, 0]
+    assert cut.any()
+    with torch.no_grad():
+        later = windows[keys.STEPS][cut][:, 1:]
+        out, _, _ = model.target(
+            later[keys.OBSERVATION], model.target.trunk.initial_state(len(later)), later[keys.IS_INIT]
+        )
+    best = model.target.head.values(out)[:, 0].amax(-1)
+    _, target = model.agent.head.told
+    torch.testing.assert_close(target[cut, 0], steps[cut][keys.REWARD][:, 0] + GAMMA * best)
 
 
 @pytest.mark.parametrize("window", [1, 5])
