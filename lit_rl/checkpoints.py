@@ -10,7 +10,8 @@ first ones, seeded by the run's seed and the frame count), and with it memory, t
 scales rewards, and the mean return on the progress line start anew. A resumed run is therefore not the
 run that was never interrupted. With more ranks than before, the new ones start from their own seeds.
 Environments that draw from python's or numpy's global random state (gymnasium's do not) share it with
-training, and their evaluations then disturb it.
+training, and their evaluations then disturb it. Steps of an off-policy run that no whole window holds yet are
+not learnt from.
 """
 
 from __future__ import annotations

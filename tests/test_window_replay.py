@@ -48,7 +48,8 @@ def windows(*marks: int) -> TensorDict:
         keys.TERMINATED: by_step % 2 == 0,
         keys.LATENT: by_step[..., None].expand(W, L, 4).float(),
     }
-    state = TensorDict({"h": mark[:, None, None].expand(W, 1, 5).to(torch.bfloat16)}, [W])
+    memory = {"h": mark[:, None, None].expand(W, 1, 5).to(torch.bfloat16), "nothing": torch.empty(W, 1, 3, 0)}
+    state = TensorDict(memory, [W])
     return TensorDict({keys.STEPS: TensorDict(steps, [W, L]), keys.TRUNK_STATE: state}, [W])
 
 
@@ -62,9 +63,15 @@ def marks(drawn: TensorDict) -> list[int]:
 
 
 def replay_of(
-    capacity: int = 8, stored: int = 8, storage: str = "memory", alpha: float = ALPHA, seed: int = 0
+    capacity: int = 8,
+    stored: int = 8,
+    storage: str = "memory",
+    alpha: float = ALPHA,
+    seed: int = 0,
+    loss_steps: int = L,
 ) -> WindowReplay:
-    replay = WindowReplay(capacity, alpha=alpha, storage=storage, seed=seed)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"storage": storage, "made_with": {"loss_steps": loss_steps}}
+    replay = WindowReplay(capacity, alpha=alpha, seed=seed, **options)
     if stored:
         replay.extend(windows(*range(stored)))
     return replay
@@ -185,6 +192,20 @@ def test_a_disk_without_room_for_the_ring(monkeypatch: pytest.MonkeyPatch) -> No
     replay_of(10_000, 1)
 
 
+def test_a_disk_without_room_for_what_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled().save(tmp_path / "r")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match=r"the replay needs 0 MiB at .* lower buffer_size"):
+        loaded(tmp_path / "r", "disk")
+    loaded(tmp_path / "r")
+
+
+def test_a_ring_beyond_memory() -> None:
+    with pytest.raises(UserError, match=r"needs \d+ MiB of memory.* set --data.storage disk") as error:
+        replay_of(2**45, 1, alpha=0.0)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------ on disk
 
 NONE = windows()
@@ -200,8 +221,10 @@ def filled(storage: str = "memory", alpha: float = ALPHA, stored: int = 13) -> W
     return replay
 
 
-def loaded(folder: Path, storage: str = "memory", alpha: float = ALPHA, capacity: int = 8) -> WindowReplay:
-    replay = replay_of(capacity, 0, storage, alpha, seed=99)
+def loaded(
+    folder: Path, storage: str = "memory", alpha: float = ALPHA, capacity: int = 8, **options: int
+) -> WindowReplay:
+    replay = replay_of(capacity, 0, storage, alpha, seed=99, **options)
     replay.load(folder, NONE)
     return replay
 
@@ -408,6 +431,7 @@ def test_nothing_that_is_read_is_run(tmp_path: Path) -> None:
     [
         ({"capacity": 9}, "capacity is 8 there and 9 in this run"),
         ({"alpha": 0.0}, "prioritized is True there and False in this run"),
+        ({"loss_steps": 1}, "loss_steps is 3 there and 1 in this run"),
     ],
 )
 def test_another_replay_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -450,4 +474,4 @@ def test_the_table_says_what_is_there(tmp_path: Path) -> None:
     filled().save(tmp_path / "r")
     table = json.loads((tmp_path / "r" / "windows.json").read_text())
     assert (table["windows"], table["capacity"], table["prioritized"]) == (8, 8, True)
-    assert Counter(Path(name).suffix for name in table["files"]) == {".npy": 8, ".memmap": 2, ".json": 2}
+    assert Counter(Path(name).suffix for name in table["files"]) == {".npy": 9, ".memmap": 2, ".json": 2}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -142,15 +142,16 @@ class LitDQN(LitAgent):
         check_range(
             sizes | {"updates_per_block": updates_per_block, "exploration_frames": exploration_frames}, 1
         )
-        check_range({"learning_starts": learning_starts, "lr": lr, "trunk_lr": trunk_lr}, 0)
+        rates = {"lr": lr, "trunk_lr": trunk_lr, "weight_decay": weight_decay}
+        check_range({"learning_starts": learning_starts} | rates, 0)
         check_range({"target_update_frames": target_update_frames, "encoder_width": encoder_width}, 1)
         shares = {"gamma": gamma, "beta": beta, "beta_final": beta_final, "priority_eta": priority_eta}
         check_range(shares | {"latent_priority": latent_priority}, 0, 1)
         check_range({"max_grad_norm": max_grad_norm, "tau": tau}, 0, above=True)
         check_range({"tau": tau}, 0, 1)
         most = 1.0 if exploration == "epsilon_greedy" else math.inf
-        rates = {"exploration_initial": exploration_initial, "exploration_final": exploration_final}
-        check_range(rates | {"weight_decay": weight_decay}, 0, most)
+        exploring = {"exploration_initial": exploration_initial, "exploration_final": exploration_final}
+        check_range(exploring, 0, most)
         for option, given, allowed in (
             ("context", context, ("window", "stored")),
             ("exploration", exploration, ("epsilon_greedy", "softmax")),
@@ -235,9 +236,7 @@ class LitDQN(LitAgent):
         in_trunk = set(map(id, trunk))
         rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
         groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
-        if self.weight_decay:
-            return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.Adam(groups, fused=True)
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)  # Adam, where that is 0
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the replay of `data` cannot hold the windows."""
@@ -251,7 +250,13 @@ class LitDQN(LitAgent):
         self.check_data(self.data)
         self._logged_at = self.frames
         self._learning = False
-        self._apply_schedules()
+        self._apply_exploration()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._apply_schedules()  # a checkpoint's optimizer has the rates of the run that made it
+        for group in self.trainer.optimizers[0].param_groups:
+            group["weight_decay"] = self.weight_decay
 
     def on_train_epoch_start(self) -> None:
         self._ready_at = time.perf_counter()
@@ -285,10 +290,17 @@ class LitDQN(LitAgent):
 
     def _apply_schedules(self) -> None:
         """Sets exploration and learning rates for the frames spent."""
-        first, last = self.exploration_rate
-        self.agent.exploration_rate = first + (last - first) * min(self.frames / self.exploration_frames, 1.0)
+        self._apply_exploration()
         for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
             group["lr"] = lr * (1 - self.progress) if self.anneal_lr else lr
+
+    def _apply_exploration(self) -> None:
+        first, last = self.exploration_rate
+        self.agent.exploration_rate = first + (last - first) * min(self.frames / self.exploration_frames, 1.0)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._apply_exploration()  # for evaluation that explores
 
     def _update_normalization(self, windows: TensorDict) -> None:
         """In all processes where one of them has windows, even if this one has none: they sum up together."""

@@ -81,7 +81,7 @@ class ReplayDataModule(EnvDataModule):
         buffer_size: steps that the replay holds; there are `buffer_size / stride` windows.
         stride: steps from one window's start to the next; as many as a window learns from if absent, so that
             each step is learnt from in one window, in several if less.
-        priority_exponent: alpha of prioritized replay (Schaul et al. 2016); 0 draws uniformly.
+        priority_exponent: alpha of prioritized replay (Schaul et al. 2016), 0 to 1; 0 draws uniformly.
         storage: in `memory`, or memory-mapped on `disk` (for images).
         save_replay: save the replay beside the last checkpoint, and go on with it.
         options: of `EnvDataModule`.
@@ -105,7 +105,7 @@ class ReplayDataModule(EnvDataModule):
         super().__init__(env, **options)
         check_range({"steps_per_block": steps_per_block, "buffer_size": buffer_size}, 1, 2**31 - 1)
         check_range({"stride": stride}, 1, 2**31 - 1)
-        check_range({"priority_exponent": priority_exponent}, 0, 10)
+        check_range({"priority_exponent": priority_exponent}, 0, 1)
         self.steps_per_block = steps_per_block
         self.buffer_size = buffer_size
         self.stride = stride
@@ -165,6 +165,7 @@ class ReplayDataModule(EnvDataModule):
             self.buffer_size // stride,
             alpha=self.priority_exponent,
             storage=self.storage,
+            made_with={"window": shape.window, "loss_steps": shape.window - shape.unlearnt},
             seed=base_seed(self._rank_seed(self.seed)),  # other numbers than those that explore
         )
         going_on = self._collector_state is not None

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
@@ -49,6 +50,7 @@ class WindowReplay:
         alpha: exponent of the priorities; 0 draws uniformly.
         storage: in `memory`, or memory-mapped on `disk` (large observations), in a folder that goes with
             this object.
+        made_with: options that windows were cut out with; a replay of others is not loaded.
         seed: of the random state that draws.
     """
 
@@ -58,9 +60,11 @@ class WindowReplay:
         *,
         alpha: float = 0.0,
         storage: Literal["memory", "disk"] = "memory",
+        made_with: Mapping[str, int] | None = None,
         seed: int = 0,
     ) -> None:
         self.capacity = capacity
+        self.made_with = made_with or {}
         self.alpha = alpha
         self.is_prioritized = alpha > 0
         self._scratch: tempfile.TemporaryDirectory | None = None
@@ -80,18 +84,29 @@ class WindowReplay:
     def extend(self, windows: TensorDict) -> None:
         """Stores windows ``[W]``, over the oldest ones once the ring is full.
 
-        Raises `UserError` where the first ones show that the disk has no room for the ring.
+        Raises `UserError` where the first ones show that there is no room for the ring.
         """
         if not len(windows):
             return
-        if self._scratch is not None and not len(self):
-            need = windows[0].bytes() * self.capacity
-            if shutil.disk_usage(self._scratch.name).free < need:  # see `save`
-                raise UserError(
-                    f"the replay needs {_mib(need)} at {self._scratch.name}, which are not free: make room, "
-                    "lower buffer_size, or set TMPDIR to another disk"
-                )
+        if not len(self):
+            self._require_room(windows)
         self._buffer.extend(windows[-self.capacity :])
+
+    def _require_room(self, windows: TensorDictBase) -> None:
+        need = windows[0].bytes() * self.capacity
+        if self._scratch is None:
+            try:
+                torch.empty(need, dtype=torch.uint8)  # nothing is written there: it costs nothing
+            except RuntimeError as error:
+                raise UserError(
+                    f"the replay needs {_mib(need)} of memory, which are not free: lower buffer_size, or set "
+                    "--data.storage disk"
+                ) from error
+        elif shutil.disk_usage(self._scratch.name).free < need:  # see `save`
+            raise UserError(
+                f"the replay needs {_mib(need)} at {self._scratch.name}, which are not free: make room, "
+                "lower buffer_size, or set TMPDIR to another disk"
+            )
 
     def sample(self, size: int, *, beta: float = 1.0) -> Drawn:
         """Draws windows, with replacement.
@@ -169,9 +184,9 @@ class WindowReplay:
                 self._sampler.loads(folder / SAMPLER)
                 if self.is_prioritized:
                     self._sampler.alpha = self.alpha  # this run's, applied to the saved priorities
-                self._buffer.storage.set(
-                    torch.arange(saved["windows"]), _read(folder, like, saved["windows"])
-                )
+                windows = _read(folder, like, saved["windows"])
+                self._require_room(windows)
+                self._buffer.storage.set(torch.arange(len(windows)), windows)
                 self._buffer.writer.loads(folder / WRITER)
         except UserError:
             raise
@@ -188,6 +203,7 @@ class WindowReplay:
         return {
             "capacity": self.capacity,
             "prioritized": self.is_prioritized,
+            **self.made_with,
             "windows": 0 if windows is None else len(windows),
             **shapes,
         }
@@ -214,6 +230,8 @@ def _read(folder: Path, like: TensorDictBase, count: int, prefix: str = "") -> T
     for key, part in like.items():
         if isinstance(part, TensorDictBase):
             parts[key] = _read(folder, part, count, f"{prefix}{key}.")
+        elif 0 in part.shape[1:]:  # a memory with nothing in it
+            parts[key] = part.new_empty(count, *part.shape[1:])
         else:
             content = torch.from_numpy(np.load(folder / _file(prefix + key), mmap_mode="c"))
             parts[key] = content.view(part.dtype).view(count, *part.shape[1:])

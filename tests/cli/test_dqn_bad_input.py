@@ -121,6 +121,7 @@ def test_sizes_that_do_not_fit(refused_dqn, options, message):
         (LitDQN, {"exploration_frames": 0}, "exploration_frames is 0: it must be at least 1"),
         (LitDQN, {"beta": -1.0}, "beta is -1.0: it must be at least 0 and at most 1"),
         (LitDQN, {"priority_eta": 1.1}, "priority_eta is 1.1: it must be at least 0 and at most 1"),
+        (LitDQN, {"weight_decay": -1.0}, "weight_decay is -1.0: it must be at least 0"),
         (LitDQN, {"lr": nan}, "lr is nan: it must be at least 0 and finite"),
         (
             LitDQN,
@@ -137,6 +138,11 @@ def test_sizes_that_do_not_fit(refused_dqn, options, message):
         (ReplayDataModule, {"stride": 0}, "stride is 0: it must be at least 1"),
         (ReplayDataModule, {"priority_exponent": -0.5}, "priority_exponent is -0.5: it must be at least 0"),
         (ReplayDataModule, {"priority_exponent": nan}, "priority_exponent is nan: it must be at least 0"),
+        (
+            ReplayDataModule,
+            {"priority_exponent": 1.5},
+            "priority_exponent is 1.5: it must be at least 0 and at most 1",
+        ),
         (ReplayDataModule, {"frames_per_epoch": 0}, "frames_per_epoch is 0: it must be at least 1"),
     ],
 )
@@ -220,7 +226,7 @@ def without_replay(lit_rl, *options):
     [
         (["--data.buffer_size=400"], "capacity is 50 there and 100 in this run"),
         (["--data.stride=2"], "capacity is 50 there and 100 in this run"),
-        (["--model.window=3", "--data.buffer_size=150"], "steps.action is [5] torch.int64 there and [4]"),
+        (["--model.window=3", "--data.buffer_size=150"], "loss_steps is 4 there and 3 in this run"),
         (["--model.latents=true"], "steps.latent is absent there and [5, 8] torch.float32 in this run"),
         (["--model.context=window"], "trunk_state.c is [1, 8] torch.float32 there and absent in this run"),
         (["--data.priority_exponent=0"], "prioritized is True there and False in this run"),

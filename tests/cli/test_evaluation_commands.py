@@ -54,6 +54,18 @@ def test_episodes_and_sampling(lit_rl, trained):
     assert greedy["mean"] != said["mean"]
 
 
+def test_dqn_explores_where_it_is_sampled(lit_rl):
+    """As it does when training ends."""
+    options = ["--env.id=CartPole-v1", "--model=LitDQN", "--data=ReplayDataModule", "--name=dqn"]
+    options += ["--model.total_frames=16", "--data.frames_per_epoch=16", "--model.exploration_final=1"]
+    assert lit_rl("fit", *options, "--trainer.accelerator=cpu", "--episodes=1").code == 0
+    checkpoint = ("--ckpt_path", "logs/dqn/version_0/checkpoints/last.ckpt", "--episodes=20")
+    greedy = evaluated(lit_rl("test", *checkpoint))
+    sampled = evaluated(lit_rl("test", *checkpoint, "--greedy=false"))
+    assert (greedy["how"], sampled["how"]) == ("greedy", "sampled")
+    assert greedy["mean"] != sampled["mean"]
+
+
 def test_validate_says_the_same_as_test(lit_rl, trained):
     options = ("--ckpt_path", trained.checkpoint, "--episodes=3")
     assert evaluated(lit_rl("validate", *options)) == evaluated(lit_rl("test", *options))

@@ -138,6 +138,17 @@ def test_what_is_left_is_the_run_up_to_there() -> None:
         assert dqn_probes.same(one[key], other[key]), key
 
 
+def test_rates_are_those_of_the_run_that_goes_on() -> None:
+    """From its first update on: the saved optimizer remembers those of the run before."""
+    stopped()
+    go_on("--model.lr=0", "--model.weight_decay=0.5", snapshots="after")
+    start, end = dqn_probes.read("after", "start"), dqn_probes.read("after", "end")
+    assert not dqn_probes.same(start["optimizer"], end["optimizer"])  # it did learn
+    assert dqn_probes.same(start["weights"], end["weights"])
+    [optimizer] = last()["optimizer_states"]
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer["param_groups"]} == {(0.0, 0.5)}
+
+
 def test_without_a_saved_replay_it_begins_with_an_empty_one() -> None:
     stopped("--data.save_replay=false")
     assert not (FOLDER / "replay").exists()
