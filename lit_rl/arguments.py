@@ -31,6 +31,12 @@ LINKED = {
     "data.greedy": "greedy",
 }
 
+# Trainer options that Lightning itself refuses: what they may be, and what to set instead.
+NOT_OF_THE_TRAINER = {
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "accumulate_grad_batches": (1, "the size of the model's minibatches or batches"),
+}
+
 _TRUNK_OPTION = re.compile(r"(--model\.(?:init_args\.)?trunk)(\.class_path|\.help)?(?:=(.*))?", re.DOTALL)
 
 
@@ -176,6 +182,9 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
                 f"{where} takes options with their values, not {'null' if given is None else given}"
             )
         _refuse_nulls(where, takes, given)
+    for name, (unset, instead) in NOT_OF_THE_TRAINER.items():
+        if options.trainer[name] not in (None, unset):
+            raise UserError(f"trainer.{name} is not for algorithms that step by themselves: set {instead}")
     for option in ("name", "seed_everything", "episodes", "greedy", "torch_threads"):
         if options[option] is None:
             raise UserError(f"{option} is null: give a value, or leave it out")

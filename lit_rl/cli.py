@@ -93,6 +93,15 @@ class LitRLCLI(LightningCLI):
         for target, source in arguments.LINKED.items():
             parser.link_arguments(source, target.replace(".", ".init_args.", 1))
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":  # Lightning's words are of what is not to be had here
+                action.help = "A checkpoint's path, or last or best: the newest whole one of the run --name."
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         self.subcommand = self.config["subcommand"]

@@ -7,12 +7,21 @@ import difflib
 import inspect
 import pydoc
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lit_rl.errors import UserError
 
 # Sections whose class a message does not name.
 SECTIONS = {"env": "lit_rl.envs.EnvConfig", "trainer": "lightning.Trainer"}
+# Classes that may be named without their path.
+CLASSES = {
+    "model": "LitPPO or LitDQN",
+    "data": "RolloutDataModule or ReplayDataModule",
+    "model.head": "ExpectedQ, CategoricalQ or QuantileQ",
+}
+# Options that a class has and no command takes: other sections say what they are.
+GIVEN = ("env", "in_features", "seed", "episodes", "greedy")
 
 _UNKNOWN = re.compile(
     r"(?:[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|"
@@ -30,7 +39,7 @@ _CAUSES = [
         ),
         (
             r"Expected (a) dot import path string: (\S+)",
-            "{where}: there is no class {value}: give its full path",
+            "{where}: there is no class {value}: {classes}",
         ),
         (r"Import path (\S+) does not correspond to a subclass of (\S+)", "{where}: {type} is no {value}"),
         (r"()a function or a callable class: (.+?)(?:\. Got value| - Expected|$)", "{where}: {value}"),
@@ -51,10 +60,14 @@ def one_line(message: str, configs: str = "") -> str:
         if match := pattern.search(text):
             kind, value = match.groups()
             value = {"None": "null", "": "''"}.get(value, value)
+            choose = f"choose {CLASSES[where]}, or " if where in CLASSES else ""
             return form.format(
-                where=where or "the configuration", type=type_in_words(kind), value=_cut(value, 100)
+                where=where or "the configuration",
+                type=type_in_words(kind),
+                value=_cut(value, 100),
+                classes=f"{choose}give the full path of a class",
             )
-    text = text.replace("Problems parsing config: ", f"{configs}: no YAML: ").replace(
+    text = text.replace("Problems parsing config: ", f"{configs} is no valid YAML: ").replace(
         ' in "<unicode string>"', ""
     )
     text = re.sub("^Unexpected config:", f"{configs} does not hold options with their values:", text)
@@ -66,12 +79,23 @@ def _unknown_option(option: str, text: str) -> str:
     section, _, name = option.rpartition(".")
     paths = re.findall(r"class_path[= ]'([\w.]+)'", text)
     owner = pydoc.locate(SECTIONS.get(section) or (paths[-1] if paths else ""))
-    parameters = inspect.signature(owner).parameters if callable(owner) else ()
-    known = [parameter for parameter in parameters if parameter not in ("env", "in_features")]
+    known = _options_of(owner) if callable(owner) else []
     close = difflib.get_close_matches(name, known, n=3)
     if close:
         return f"there is no option {option}, did you mean {' or '.join(close)}?"
     return f"there is no option {option}" + (f", but {', '.join(known)}" if 0 < len(known) < 8 else "")
+
+
+def _options_of(owner: Callable[..., Any]) -> list[str]:
+    """A callable's options; of a class that passes further ones on, those of its base, too."""
+    names: dict[str, None] = {}
+    for takes in owner.__mro__ if isinstance(owner, type) else (owner,):
+        parameters = inspect.signature(takes).parameters.values()
+        named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        names |= dict.fromkeys(name for name in named if name not in GIVEN)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 def type_in_words(text: str) -> str:

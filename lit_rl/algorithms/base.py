@@ -147,11 +147,17 @@ class LitAgent(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["frames"] = self.frames
         checkpoint["random_state"] = gather_list([random_state()])
+        checkpoint["algorithm"] = type(self).__name__
         checkpoint["trunk"] = trunk_name(self.agent)
         checkpoint["environment"] = self.environment
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raises `UserError` where a checkpoint is of another agent."""
+        """Raises `UserError` where a checkpoint is of another algorithm or agent."""
+        algorithm, my_algorithm = checkpoint.get("algorithm"), type(self).__name__
+        if algorithm not in (None, my_algorithm):
+            raise UserError(
+                f"the checkpoint does not fit: it is of {algorithm}, this run of {my_algorithm}: set --model"
+            )
         saved = {key: value.shape for key, value in checkpoint["state_dict"].items()}
         mine = {key: value.shape for key, value in self.state_dict().items()}
         trunk, my_trunk = checkpoint.get("trunk"), trunk_name(self.agent)

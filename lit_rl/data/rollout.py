@@ -71,6 +71,8 @@ class RolloutDataModule(EnvDataModule):
         check_range({"num_workers": num_workers}, 0, 2**16)
         if num_workers:
             check_workers(env, num_workers, launcher)
+        elif launcher != "processes":
+            raise UserError(f"launcher {launcher} has no workers to launch: set num_workers")
         if sequence_length is not None and (sequence_length < 1 or rollout_length % sequence_length):
             raise UserError(
                 f"sequence_length {sequence_length} does not divide rollout_length {rollout_length}: "

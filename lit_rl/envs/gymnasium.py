@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,18 @@ def make_row(config: "EnvConfig", render_mode: str | None) -> gym.Env:
     """One environment, before it is batched."""
     register_package(config.id)
     try:
-        env = _make(config, render_mode)
+        with warnings.catch_warnings(record=True) as told:
+            env = _make(config, render_mode)
+        for warning in told:  # not beside the one line of an error
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         for wrapper in config.wrappers:
             env = _apply_wrapper(env, wrapper)
     except UserError:
         raise
     except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound) as exc:
         raise unknown_id(config.id, gym.registry, "gymnasium") from exc
+    except gym.error.DeprecatedEnv as exc:
+        raise UserError(f"{config.id} cannot be made: {cause_of(exc)}") from exc
     except Exception as exc:
         raise UserError(
             f"{config.id} cannot be made ({cause_of(exc)}): check env.kwargs and what the id needs"

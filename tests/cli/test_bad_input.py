@@ -155,6 +155,16 @@ def test_options_that_the_environment_does_not_have(refused_fit, options, messag
         ("--model.trunk.x=1", "there is no option model.trunk.x, but d_model, n_layers, activation"),
         ("--data.rollout_lengt=1", "there is no option data.rollout_lengt, did you mean rollout_length?"),
         ("--trainer.max_epoch=1", "there is no option trainer.max_epoch, did you mean max_epochs"),
+        (
+            "--data.frames_per_epohc=1",
+            "there is no option data.frames_per_epohc, did you mean frames_per_epoch",
+        ),
+        ("--data.options=1", "there is no option data.options"),
+        ("--model=LitSAC", "model: there is no class LitSAC: choose LitPPO or LitDQN, or give"),
+        ("--trainer.gradient_clip_val=1", "trainer.gradient_clip_val is not for algorithms that step by"),
+        ("--trainer.accumulate_grad_batches=2", "set the size of the model's minibatches"),
+        ("--data.launcher=ray", "launcher ray has no workers to launch: set num_workers"),
+        ("--env.id=LunarLander-v2", "LunarLander-v2 cannot be made: "),
         ("--nope", "there is no option nope"),
         ("stray", "there is no option stray"),
         ("--episode=3", "there is no option episode"),
@@ -273,15 +283,18 @@ def test_faults_in_yaml(refused, tmp_path, key, value, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"model: [", "bad.yaml: no YAML: while parsing a flow node"),
-        (b"a: b: c", "bad.yaml: no YAML: mapping values are not allowed in this context, line 1"),
-        (b"model: *nowhere", "bad.yaml: no YAML: found undefined alias"),
-        (b"!!python/object/apply:os.getcwd []", "bad.yaml: no YAML: could not determine a constructor"),
+        (b"model: [", "bad.yaml is no valid YAML: while parsing a flow node"),
+        (b"a: b: c", "bad.yaml is no valid YAML: mapping values are not allowed in this context, line 1"),
+        (b"model: *nowhere", "bad.yaml is no valid YAML: found undefined alias"),
+        (
+            b"!!python/object/apply:os.getcwd []",
+            "bad.yaml is no valid YAML: could not determine a constructor",
+        ),
         (b"- a\n- b", "bad.yaml does not hold options with their values: - a - b"),
         (b"17", "bad.yaml does not hold options with their values: 17"),
         (b"", "bad.yaml does not hold options with their values"),
         (b"\xff\xfe\x00", "bad.yaml is not UTF-8 text"),
-        (b"\x00", "bad.yaml: no YAML: unacceptable character"),
+        (b"\x00", "bad.yaml is no valid YAML: unacceptable character"),
     ],
 )
 def test_files_that_hold_no_configuration(refused, tmp_path, content, message):

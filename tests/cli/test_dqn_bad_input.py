@@ -260,7 +260,7 @@ def test_a_replay_cut_off(go_on, saved, lit_rl):
 
 def test_a_checkpoint_of_ppo(refused, trained, trained_dqn, tmp_path):
     line = refused("fit", *DQN, *REPLAY, "--ckpt_path", trained.checkpoint)
-    assert "the checkpoint does not fit" in line
+    assert "the checkpoint does not fit: it is of LitPPO, this run of LitDQN: set --model" in line
     line = refused("fit", "--config", CARTPOLE, "--ckpt_path", trained_dqn / LAST)
     assert "the checkpoint does not fit" in line
 

@@ -211,7 +211,7 @@ def check(text):
         ("model.init_args", 3, "model takes LitAgent"),
         ("trainer.check_val_every_n_epoch", 0, "see the options of trainer"),
         ("trainer.val_check_interval", 3, "see the options of trainer"),
-        ("trainer.gradient_clip_val", 1, "not supported for manual optimization"),
+        ("trainer.gradient_clip_val", 1, "set model.max_grad_norm"),
         ("name", "\0", "cannot be that of a folder"),
         ("name", "x" * 300, "cannot be that of a folder"),
         ("torch_threads", "", "torch_threads takes int, not ''"),
