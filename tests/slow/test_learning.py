@@ -38,7 +38,7 @@ def test_cartpole_by_150k_frames(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_masked_cartpole_by_300k_frames_with_memory(seed: int) -> None:
+def test_masked_cartpole_by_150k_frames_with_memory(seed: int) -> None:
     assert final_metrics("ppo_cartpole_masked_lstm.yaml", seed)["val/return"] >= 450
 
 
@@ -80,7 +80,7 @@ def test_dqn_cartpole_by_100k_frames(seed: int) -> None:
 
 @pytest.mark.parametrize("trunk", ["lstm", "mamba2"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_dqn_masked_cartpole_by_300k_frames_with_memory(seed: int, trunk: str) -> None:
+def test_dqn_masked_cartpole_by_120k_frames_with_memory(seed: int, trunk: str) -> None:
     assert final_metrics(f"dqn_cartpole_masked_{trunk}.yaml", seed)["val/return"] >= 400
 
 
