@@ -98,7 +98,8 @@ def test_power_of_two():
     assert (np.abs(y - exact) / exact).max() < 1.7e-7
     whole = np.arange(-126, 128, dtype=np.float32)
     powers(whole, y[: len(whole)])
-    assert (y[: len(whole)] == np.exp2(whole)).all()  # a decay of nothing forgets nothing
+    # Exact, so that a decay of nothing forgets nothing; numpy's own float32 exp2 is not, at 127 with AVX-512.
+    assert (y[: len(whole)] == np.ldexp(np.float32(1), whole.astype(int))).all()
     beyond = np.array([-1e4, -np.inf, np.nan, np.nan], np.float32)
     beyond[3:].view(np.int32)[:] = 0x7FC00001  # not a number either
     powers(beyond, y[:4])
