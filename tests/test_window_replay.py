@@ -106,16 +106,26 @@ def test_frequencies_are_powers_of_priorities(alpha: float) -> None:
     assert chi_square(replay, other / other.sum()) > LIMIT
 
 
+def weights_by_hand(priorities: Tensor, at: Tensor, beta: float = 1.0) -> Tensor:
+    probability = priorities.double() ** ALPHA
+    weight = (len(probability) * probability / probability.sum())[at] ** -beta
+    return (weight / weight.max()).float()
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 def test_weights_by_hand(beta: float) -> None:
-    """(p_min / p_i) ** beta with p the priority to the power of alpha, p_min that of all stored windows."""
+    """(N P(i)) ** -beta divided by the largest of those drawn, P proportional to the priority ** alpha."""
     drawn = prioritized().sample(64, beta=beta)
-    probability = PRIORITIES.double() ** ALPHA
-    by_hand = (probability.min() / probability[drawn.at]) ** beta
-    torch.testing.assert_close(drawn.weight.double(), by_hand, rtol=1e-5, atol=0)
-    assert drawn.weight.dtype == torch.float32
+    torch.testing.assert_close(drawn.weight, weights_by_hand(PRIORITIES, drawn.at, beta), rtol=1e-5, atol=0)
     assert marks(drawn.windows) == drawn.at.tolist()
     assert len(set(drawn.at.tolist())) > 3
+
+
+def test_a_window_that_is_not_drawn_does_not_scale_the_others() -> None:
+    priorities = torch.tensor([1e-6, *[1.0] * 7])
+    drawn = prioritized(priorities).sample(64)
+    assert 0 not in drawn.at
+    assert drawn.weight.tolist() == [1.0] * 64
 
 
 def test_weights_are_ones_where_drawn_uniformly() -> None:
@@ -128,23 +138,23 @@ def test_new_windows_have_the_highest_priority_so_far() -> None:
     """Even when the window that had it is no longer there."""
     replay = prioritized(torch.tensor([0.5, 5.0, 1.0, 2.0]))
     replay.extend(windows(4, 5))  # over 0 and 1
-    by_hand = torch.tensor([5.0, 5.0, 1.0, 2.0]).double() ** ALPHA
     drawn = replay.sample(256, beta=1.0)
-    torch.testing.assert_close(drawn.weight.double(), by_hand.min() / by_hand[drawn.at], rtol=1e-5, atol=0)
+    by_hand = weights_by_hand(torch.tensor([5.0, 5.0, 1.0, 2.0]), drawn.at)
+    torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
     assert set(drawn.at.tolist()) == {0, 1, 2, 3}
     replay.update_priority(torch.tensor([0, 1]), torch.tensor([0.1, 0.1]))
     replay.extend(windows(6))
-    by_hand = torch.tensor([0.1, 0.1, 5.0, 2.0]).double() ** ALPHA
     drawn = replay.sample(256, beta=1.0)
-    torch.testing.assert_close(drawn.weight.double(), by_hand.min() / by_hand[drawn.at], rtol=1e-5, atol=0)
+    by_hand = weights_by_hand(torch.tensor([0.1, 0.1, 5.0, 2.0]), drawn.at)
+    torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
 
 
 def test_a_priority_of_a_window_drawn_twice_is_told_once_or_twice() -> None:
     replay = replay_of(4, 4)
     replay.update_priority(torch.tensor([2, 2, 0]), torch.tensor([3.0, 3.0, 0.5]))
-    by_hand = torch.tensor([0.5, 1.0, 3.0, 1.0]).double() ** ALPHA
     drawn = replay.sample(64, beta=1.0)
-    torch.testing.assert_close(drawn.weight.double(), by_hand.min() / by_hand[drawn.at], rtol=1e-5, atol=0)
+    by_hand = weights_by_hand(torch.tensor([0.5, 1.0, 3.0, 1.0]), drawn.at)
+    torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
 
 
 def test_draws_come_from_its_own_random_state() -> None:
@@ -290,7 +300,7 @@ def test_it_takes_the_room_of_what_is_stored(tmp_path: Path) -> None:
 def test_another_exponent_applies_to_the_saved_priorities(tmp_path: Path) -> None:
     prioritized().save(tmp_path / "r")
     drawn = loaded(tmp_path / "r", alpha=1.0).sample(64, beta=1.0)
-    by_hand = PRIORITIES.min() / PRIORITIES[drawn.at]
+    by_hand = PRIORITIES[drawn.at].min() / PRIORITIES[drawn.at]
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-4, atol=0)
 
 

@@ -83,6 +83,8 @@ class LitDQN(LitAgent):
         beta_final: that at the end of training, reached linearly.
         priority_eta: a window's priority is so much of its largest TD error and the rest of their mean
             (R2D2, section 2.3).
+        priority_clip: TD errors count as at most this in priorities (Schaul et al. 2016 clip them at 1); not
+            clipped if absent.
         max_grad_norm: the gradient's norm is clipped to this.
         lr: Adam's learning rate.
         trunk_lr: that of the trunk's parameters; `lr` if absent.
@@ -125,6 +127,7 @@ class LitDQN(LitAgent):
         beta: float = 0.4,
         beta_final: float = 1.0,
         priority_eta: float = 0.9,
+        priority_clip: float | None = None,
         max_grad_norm: float = 10.0,
         lr: float = 1e-3,
         trunk_lr: float | None = None,
@@ -147,7 +150,8 @@ class LitDQN(LitAgent):
         check_range({"target_update_frames": target_update_frames, "encoder_width": encoder_width}, 1)
         shares = {"gamma": gamma, "beta": beta, "beta_final": beta_final, "priority_eta": priority_eta}
         check_range(shares | {"latent_priority": latent_priority}, 0, 1)
-        check_range({"max_grad_norm": max_grad_norm, "tau": tau}, 0, above=True)
+        above_zero = {"max_grad_norm": max_grad_norm, "tau": tau, "priority_clip": priority_clip}
+        check_range(above_zero, 0, above=True)
         check_range({"tau": tau}, 0, 1)
         most = 1.0 if exploration == "epsilon_greedy" else math.inf
         exploring = {"exploration_initial": exploration_initial, "exploration_final": exploration_final}
@@ -193,6 +197,7 @@ class LitDQN(LitAgent):
             gamma=gamma,
             double=double,
             priority_eta=priority_eta,
+            priority_clip=math.inf if priority_clip is None else priority_clip,
             latents=latents,
             latent_priority=latent_priority,
             latent_targets=latent_targets,

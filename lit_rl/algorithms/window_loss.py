@@ -107,6 +107,7 @@ class WindowLoss:
     gamma: float
     double: bool
     priority_eta: float
+    priority_clip: float
     latents: bool
     latent_priority: float
     latent_targets: bool
@@ -177,11 +178,12 @@ class WindowLoss:
         value_ML = head.values(predicted_MLZ)
         td_target_ML = lesson.reward + lesson.discount * head.values(bootstrap_MLZ)
         td_error_ML = (td_target_ML - value_ML).abs() * counts_ML
-        mean_M = td_error_ML.sum(1) / count_M
-        priority_M = self.priority_eta * td_error_ML.amax(1) + (1 - self.priority_eta) * mean_M
+        clipped_ML = td_error_ML.clamp_max(self.priority_clip)
+        mean_M = clipped_ML.sum(1) / count_M
+        priority_M = self.priority_eta * clipped_ML.amax(1) + (1 - self.priority_eta) * mean_M
         measured = {
             "td_loss": torch.stack([prediction.loss for prediction in predictions]).mean(),
-            "td_error": mean_M.mean(),
+            "td_error": (td_error_ML.sum(1) / count_M).mean(),
             "q": (value_ML * counts_ML).sum() / count_M.sum(),
         }
         drifts = [prediction.drift for prediction in predictions if prediction.drift is not None]

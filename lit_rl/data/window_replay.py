@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
     windows: TensorDict
     """``[M]``"""
     weight: Tensor
-    """Importance weights ``[M]``, at most 1: ``(p_min / p_i) ** beta``; ones where drawn uniformly."""
+    """Importance weights ``[M]``: ``(p_min / p_i) ** beta``, p_min of those drawn; ones where uniform."""
     at: Tensor
     """int64 ``[M]``, for `WindowReplay.update_priority`."""
 
@@ -43,7 +43,7 @@ class WindowReplay:
     """A ring of windows, drawn uniformly or in proportion to ``priority ** alpha``.
 
     Prioritized replay is that of Schaul et al. 2016 (arXiv 1511.05952, section 3.3 and 3.4): a window's first
-    priority is the highest so far, and importance weights are divided by the largest of all stored windows.
+    priority is the highest so far, and importance weights are divided by the largest of those drawn.
 
     Args:
         capacity: windows.
@@ -119,7 +119,9 @@ class WindowReplay:
             self._sampler.beta = beta
         windows, info = self._buffer.sample(size, return_info=True)
         weight = info.get("priority_weight")
-        return Drawn(windows, torch.ones(size) if weight is None else weight.float(), info["index"])
+        # TorchRL's are relative to the least priority of all windows: one of them would scale every loss.
+        weight = torch.ones(size) if weight is None else (weight / weight.max()).float()
+        return Drawn(windows, weight, info["index"])
 
     def update_priority(self, index: Tensor, priority: Tensor) -> None:
         """New priorities ``[M]``, above 0, of the windows at `index`."""

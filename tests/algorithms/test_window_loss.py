@@ -180,6 +180,15 @@ def test_priorities_are_of_the_largest_error_and_of_the_mean() -> None:
         assert priority.tolist() == pytest.approx([expected + LEAST_PRIORITY])
 
 
+def test_errors_are_clipped_in_priorities_alone() -> None:
+    options = {"window": 2, "priority_eta": 0.75}
+    loss, priority, measured = window_loss(table(**options, priority_clip=20.0), TWO)  # errors of 15 and 27
+    assert priority.tolist() == pytest.approx([0.75 * 20 + 0.25 * (15 + 20) / 2 + LEAST_PRIORITY])
+    expected, _, measured_so = window_loss(table(**options), TWO)
+    assert loss == expected
+    assert measured["td_error"] == measured_so["td_error"]
+
+
 def test_a_window_without_error_has_the_least_priority() -> None:
     right = drawn([0, 1], [0], [1.0], terminated=[0])
     _, priority, _ = window_loss(table(), right)

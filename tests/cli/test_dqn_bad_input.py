@@ -120,6 +120,7 @@ def test_sizes_that_do_not_fit(refused_dqn, options, message):
         ),
         (LitDQN, {"exploration_frames": 0}, "exploration_frames is 0: it must be at least 1"),
         (LitDQN, {"beta": -1.0}, "beta is -1.0: it must be at least 0 and at most 1"),
+        (LitDQN, {"priority_clip": 0}, "priority_clip is 0: it must be above 0"),
         (LitDQN, {"priority_eta": 1.1}, "priority_eta is 1.1: it must be at least 0 and at most 1"),
         (LitDQN, {"weight_decay": -1.0}, "weight_decay is -1.0: it must be at least 0"),
         (LitDQN, {"lr": nan}, "lr is nan: it must be at least 0 and finite"),
