@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -69,7 +70,8 @@ class LitDQN(LitAgent):
         n_step: steps to look ahead in the target.
         batch_size: windows an optimizer step, M.
         updates_per_block: optimizer steps for each block of collected steps.
-        learning_starts: frames before the first optimizer step.
+        learning_starts: frames before the first optimizer step; a resumed run without its replay waits for as
+            many again.
         gamma: discount.
         double: the online network chooses the action that the target network values (van Hasselt et al.
             2016, arXiv 1509.06461).
@@ -219,6 +221,7 @@ class LitDQN(LitAgent):
         self.log_every = log_frames
         self._logged_at = 0
         self._learning = False
+        self._replay_began = 0  # frames when the replay was last empty
         self._ready_at = time.perf_counter()
         self._since_log: dict[str, float] = {"collecting": 0.0, "learning": 0.0}
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # of so many updates
@@ -249,6 +252,15 @@ class LitDQN(LitAgent):
             raise UserError(
                 f"LitDQN learns from a replay, not from {type(data).__name__}: use ReplayDataModule"
             )
+        of_priorities = {
+            "latent_priority": self.loss.latent_priority,
+            "priority_clip": self.loss.priority_clip,
+        }
+        for option, value in of_priorities.items():
+            if 0 < value < math.inf and data.priority_exponent == 0:
+                raise UserError(
+                    f"{option} is {value:g} where windows are drawn uniformly: set --data.priority_exponent"
+                )
         data.check_window(self.window_shape, self.batch_size)
 
     def on_fit_start(self) -> None:
@@ -259,6 +271,8 @@ class LitDQN(LitAgent):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if 0 in gather_list([len(self._replay())]):
+            self._replay_began = self.frames
         self._apply_schedules()  # a checkpoint's optimizer has the rates of the run that made it
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = self.weight_decay
@@ -273,8 +287,8 @@ class LitDQN(LitAgent):
         before, episodes = self.frames, collected[keys.EPISODES]
         self.frames += episodes.numel() * self.trainer.world_size
         self._keep_finished(episodes)
-        replay = cast(WindowReplay, cast(ReplayDataModule, self.data).replay)
-        if self.frames >= self.learning_starts and self._all_have(replay):
+        replay = self._replay()
+        if self.frames - self._replay_began >= self.learning_starts and self._all_have(replay):
             together(lambda: self._learn(replay))
         if (
             self.tau is None
@@ -303,9 +317,26 @@ class LitDQN(LitAgent):
         first, last = self.exploration_rate
         self.agent.exploration_rate = first + (last - first) * min(self.frames / self.exploration_frames, 1.0)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["head"] = self.agent.head.description
+        checkpoint["replay_began"] = self._replay_began
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        head, my_head = checkpoint.get("head"), self.agent.head.description
+        if head not in (None, my_head):
+            raise UserError(
+                f"the checkpoint does not fit: its head is {head}, this run's {my_head}: set --model.head"
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._replay_began = checkpoint.get("replay_began", 0)
         self._apply_exploration()  # for evaluation that explores
+
+    def _replay(self) -> WindowReplay:
+        return cast(WindowReplay, cast(ReplayDataModule, self.data).replay)
 
     def _update_normalization(self, windows: TensorDict) -> None:
         """In all processes where one of them has windows, even if this one has none: they sum up together."""

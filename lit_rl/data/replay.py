@@ -83,7 +83,8 @@ class ReplayDataModule(EnvDataModule):
             each step is learnt from in one window, in several if less.
         priority_exponent: alpha of prioritized replay (Schaul et al. 2016), 0 to 1; 0 draws uniformly.
         storage: in `memory`, or memory-mapped on `disk` (for images).
-        save_replay: save the replay beside the last checkpoint, and go on with it.
+        save_replay: save the replay beside the last checkpoint, and go on with it. Older ones are deleted
+            by `lit_rl.checkpoints.LastCheckpoint`, which the command adds; a Trainer without it keeps all.
         options: of `EnvDataModule`.
 
     Raises:
@@ -215,9 +216,9 @@ class ReplayDataModule(EnvDataModule):
 
     def after_last_checkpoint(self) -> None:
         """Deletes the replays that the newest last checkpoint does not refer to."""
-        if self._saved is None or self.trainer is None or not self.trainer.is_global_zero:
+        if self.replay is None or self.trainer is None or not self.trainer.is_global_zero:
             return
-        for folder in self._saved.parent.glob("frames_*"):
+        for folder in (self._beside_checkpoints() / REPLAY).glob("frames_*"):
             if folder != self._saved:
                 shutil.rmtree(folder, ignore_errors=True)
 

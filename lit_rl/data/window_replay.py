@@ -157,7 +157,7 @@ class WindowReplay:
             shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())
             raise UserError(
-                f"cannot write the replay to {folder} ({reason}): the one before it is whole; make room, "
+                f"cannot write the replay to {folder} ({reason}): what was saved before is whole; make room, "
                 "then go on with --ckpt_path last, or do without it: --data.save_replay false"
             ) from error
 

@@ -71,6 +71,11 @@ class QHead(nn.Module, ABC):
             return out
         return out + (self.state_value(features).unsqueeze(-2) - out.mean(-2, keepdim=True))
 
+    @property
+    def description(self) -> str:
+        """What tells the meaning of the numbers: a checkpoint of another one is refused."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     @abstractmethod
     def values(self, out: Tensor) -> Tensor:
         """Expected returns: ``[..., A]`` of ``[..., A, Z]``, or ``[...]`` of one action's ``[..., Z]``."""
@@ -202,8 +207,12 @@ class CategoricalQ(QHead):
             )
         super().__init__(features, num_actions, atoms=atoms, dueling=dueling, hidden=hidden)
         self.v_min = v_min
+        self.v_max = v_max
         self.spacing = (v_max - v_min) / (atoms - 1)
         self.register_buffer("support", torch.linspace(v_min, v_max, atoms), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"v_min={self.v_min:g}, v_max={self.v_max:g}"
 
     def values(self, out: Tensor) -> Tensor:
         return (out.softmax(-1) * self.support).sum(-1)  # a product that mixed precision leaves alone

@@ -1,6 +1,7 @@
 """DQN as a whole: the target network, schedules, guards, and toys that it learns."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,9 +20,10 @@ from lit_rl.algorithms import dqn
 from lit_rl.algorithms.dqn import LitDQN
 from lit_rl.algorithms.window_loss import Lesson, Prediction
 from lit_rl.data import ReplayDataModule
+from lit_rl.data.window_replay import Drawn, WindowReplay
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError
-from lit_rl.models.q_heads import ExpectedQ
+from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
 from lit_rl.models.q_network import QNetwork
 from lit_rl.trunks import LSTM, MLP
 
@@ -117,6 +119,42 @@ def test_learning_rates_fall_to_nothing() -> None:
     assert records.series("train/trunk_lr") == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0.0])
 
 
+def test_importance_weights_correct_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    betas: list[float] = []
+    sample = WindowReplay.sample
+
+    def spy(replay: WindowReplay, size: int, *, beta: float) -> Drawn:
+        betas.append(beta)
+        return sample(replay, size, beta=beta)
+
+    monkeypatch.setattr(WindowReplay, "sample", spy)
+    prioritized = {"priority_exponent": 0.6}
+    train(walk(), total_frames=64, beta=0.2, beta_final=0.6, data=prioritized, updates_per_block=2)
+    assert betas == pytest.approx([0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.6, 0.6])
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_updates_may_share_a_lesson(double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where windows are drawn uniformly and the target network stands still, nothing depends on it."""
+    options = {"updates_per_block": 6, "window": 3, "n_step": 2, "double": double, "lr": 1e-2}
+    drawn: list[int] = []
+    ends = []
+    sample = WindowReplay.sample
+
+    def spy(replay: WindowReplay, size: int, **options: Any) -> Drawn:
+        drawn.append(size)
+        return sample(replay, size, **options)
+
+    monkeypatch.setattr(WindowReplay, "sample", spy)
+    for steps_a_lesson in (8 * (3 + 2), 4 * 8 * (3 + 2)):
+        monkeypatch.setattr(dqn, "STEPS_A_LESSON", steps_a_lesson)
+        model, _, look, _ = train(walk(), LSTM, **options, total_frames=64)
+        ends.append(parameters(model.agent))
+        assert not ends[-1].equal(look.online[0])
+    assert drawn == [8] * 18 + [32, 16] * 3  # in all blocks but the first, which holds no whole window
+    torch.testing.assert_close(*ends)
+
+
 def test_updates_are_counted() -> None:
     """10 blocks, of which those from 48 frames on are learnt from, three times each."""
     model, _, look, _ = train(walk(), learning_starts=48, updates_per_block=3)
@@ -128,7 +166,7 @@ def test_updates_are_counted() -> None:
 
 def test_ranks_begin_to_learn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has no window yet takes no step: none does, or they would wait for each other for ever."""
-    others = [0, 0, 0, 2, 5]
+    others = [0, 0, 0, 0, 2, 5]  # before the first block, and after each
     monkeypatch.setattr(dqn, "gather_list", lambda mine: [*mine, others.pop(0)])
     model, _, look, _ = train(walk())
     assert [now.equal(look.online[0]) for now in look.online] == [True] * 4 + [False] * 7
@@ -160,6 +198,33 @@ def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------ guards
+
+
+def test_checkpoints_of_other_heads_are_refused() -> None:
+    """Though all tensors have the same shapes."""
+    saved = LitDQN(walk(), head=partial(CategoricalQ, v_min=-5.0, v_max=5.0))
+    checkpoint: dict[str, Any] = {"state_dict": saved.state_dict()}
+    saved.on_save_checkpoint(checkpoint)
+    saved.check_checkpoint(checkpoint)
+    others: dict[str, Any] = {
+        "CategoricalQ(v_min=-5, v_max=200)": partial(CategoricalQ, v_min=-5.0, v_max=200.0),
+        "QuantileQ()": partial(QuantileQ, quantiles=51),
+    }
+    for name, head in others.items():
+        message = f"its head is CategoricalQ(v_min=-5, v_max=5), this run's {name}: set --model.head"
+        with pytest.raises(UserError, match=re.escape(message)):
+            LitDQN(walk(), head=head).check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "options", [{"priority_clip": 1.0}, {"latents": True, "latent_priority": 0.5}], ids=["clip", "latents"]
+)
+def test_what_only_priorities_feel_is_refused_without_them(options: dict[str, Any]) -> None:
+    model = LitDQN(walk(), **options)
+    name = list(options)[-1]
+    with pytest.raises(UserError, match=f"{name} is .* drawn uniformly: set --data.priority_exponent"):
+        model.check_data(ReplayDataModule(walk()))
+    model.check_data(ReplayDataModule(walk(), priority_exponent=0.6))
 
 
 def poison(number: float) -> type[LitDQN]:

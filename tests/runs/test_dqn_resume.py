@@ -159,9 +159,27 @@ def test_without_a_saved_replay_it_begins_with_an_empty_one() -> None:
     assert start["frames"] == STOPPED
     assert dqn_probes.same(start["weights"], dqn_probes.read("stopped", "end")["weights"])
     assert last()["frames"] == TOTAL
+    # Two updates a block of 16 frames: at 32 to 160, and from 32 frames after it began to fill again on.
+    assert last()["global_step"] == 2 * 9 + 2 * 5
     # The next checkpoint may have one again.
     go_on(f"--model.total_frames={TOTAL + EPOCH}")
     assert replays() == [f"frames_{TOTAL + EPOCH}"]
+
+
+def test_a_replay_that_is_saved_no_more_is_deleted() -> None:
+    stopped()
+    go_on("--data.save_replay=false")
+    assert not replays()
+
+
+def test_filling_up_again_survives_a_stop() -> None:
+    """Stopped 16 frames after it went on with an empty replay, it has 48 of 64 to wait."""
+    waits = "--model.learning_starts=64"
+    stopped(waits, "--data.save_replay=false")
+    assert fit(waits, "--ckpt_path=last", stop=STOPPED + 16).code == 143
+    assert replays() == [f"frames_{STOPPED + 16}"]
+    go_on(waits)
+    assert last()["global_step"] == 2 * 7 + 2 * 3  # at 64 to 160, and at 224 to 256
 
 
 def test_best_without_its_replay() -> None:
