@@ -21,7 +21,6 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
@@ -31,6 +30,7 @@ from torchrl.envs import ExplorationType
 from lit_rl import keys
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
+from lit_rl.envs.vector import derived_seed
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 
@@ -57,8 +57,7 @@ class RolloutWorker(RolloutCollector):
         policy_factory: makes the agent that acts.
         frames_per_batch: frames a batch of this worker.
         sequence_length: as in `RolloutCollector`.
-        seed: of the first worker; each has another.
-        seed_step: from one worker's seed to the next one's.
+        seed: of the run; each worker derives another from it.
         context: as in `RolloutCollector`.
         complaints: a folder for the reason why a worker ends, which TorchRL would not tell.
         options: TorchRL's; only what leaves the rollout as it is.
@@ -78,7 +77,6 @@ class RolloutWorker(RolloutCollector):
         use_buffers: bool | None = None,
         sequence_length: int | None = None,
         seed: int = 0,
-        seed_step: int = 10_000,
         context: Callable[[], AbstractContextManager] = nullcontext,
         complaints: Path | None = None,
         **options: Any,
@@ -99,7 +97,7 @@ class RolloutWorker(RolloutCollector):
             policy_factory(),
             frames_per_batch=frames_per_batch,
             sequence_length=sequence_length,
-            seed=seed + seed_step * (worker_idx or 0),
+            seed=derived_seed(seed, worker_idx or 0),
             context=context,
             postproc=self._share,
         )
@@ -171,7 +169,6 @@ class Workers:
         self._env = replace(env, num_envs=env.num_envs // num_workers)
         self._worker: dict[str, Any] = {
             "sequence_length": sequence_length,
-            "seed_step": self._env.num_envs,
             "context": context,
         }
         self._frames = 0
@@ -197,7 +194,7 @@ class Workers:
     def _start(self) -> None:
         seed = self.seed
         if self._frames:  # resumed: new episodes, other than those of the first start
-            seed = int(np.random.SeedSequence([seed, self._frames]).generate_state(1)[0]) % 2**31
+            seed = derived_seed(seed, self._frames)
         make_env = [self._env.make] * self.num_workers
         actor = deepcopy(self.policy).cpu()
         if self.launcher == "ray":

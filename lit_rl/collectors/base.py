@@ -20,6 +20,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 
 from lit_rl import keys
+from lit_rl.envs.vector import derived_seed
 from lit_rl.errors import UserError
 from lit_rl.models.agent import Agent
 
@@ -178,8 +179,7 @@ class EnvCollector(BaseCollector):
         self._frames = state_dict["frames"]
         self._steps = state_dict["steps"]
         self.generator.set_state(state_dict["generator"].cpu())
-        seed = np.random.SeedSequence([self.generator.initial_seed(), self._frames]).generate_state(1)[0]
-        self.reset(seed=int(seed) % 2**31)
+        self.reset(seed=derived_seed(self.generator.initial_seed(), self._frames))
 
     def _maybe_fallback_update(self, policy_or_weights: Any = None, *, model_id: str | None = None) -> None:
         """For `update_policy_weights_`: copies weights in; without any, the policy is the caller's own."""

@@ -57,6 +57,11 @@ def base_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)  # room for + i within int32
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed that other numbers give only by chance."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) % 2**31
+
+
 class GuardedEnv(gym.Wrapper):
     """One row: an exception names its environment, and `info` is dropped but for the success at the end.
 

@@ -96,7 +96,7 @@ def test_ratio_shows_the_usual_mistakes(wrong: type[LitPPO], sequence_length: in
     assert records.series(FIRST)[1] > 1e-2
 
 
-@pytest.mark.parametrize("trunk", ["mlp", "gru"])
+@pytest.mark.parametrize("trunk", installed_trunks())
 def test_bf16_mixed(trunk: str) -> None:
     model, records = train(
         walk(), trunk, rollouts=2, encoder_width=8, trainer={"precision": "bf16-mixed"}, **ONE_MINIBATCH
