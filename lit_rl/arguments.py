@@ -31,10 +31,12 @@ LINKED = {
     "data.greedy": "greedy",
 }
 
-# Trainer options that Lightning itself refuses: what they may be, and what to set instead.
+# Trainer options that algorithms have no use for: what they may be, and why not else.
+_STEPS = "is not for algorithms that step by themselves: set"
 NOT_OF_THE_TRAINER = {
-    "gradient_clip_val": (None, "model.max_grad_norm"),
-    "accumulate_grad_batches": (1, "the size of the model's minibatches or batches"),
+    "gradient_clip_val": (None, f"{_STEPS} model.max_grad_norm"),
+    "accumulate_grad_batches": (1, f"{_STEPS} the size of the model's minibatches or batches"),
+    "reload_dataloaders_every_n_epochs": (0, "would begin the environments anew each time: leave it out"),
 }
 
 _TRUNK_OPTION = re.compile(r"(--model\.(?:init_args\.)?trunk)(\.class_path|\.help)?(?:=(.*))?", re.DOTALL)
@@ -182,9 +184,9 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
                 f"{where} takes options with their values, not {'null' if given is None else given}"
             )
         _refuse_nulls(where, takes, given)
-    for name, (unset, instead) in NOT_OF_THE_TRAINER.items():
+    for name, (unset, why_not) in NOT_OF_THE_TRAINER.items():
         if options.trainer[name] not in (None, unset):
-            raise UserError(f"trainer.{name} is not for algorithms that step by themselves: set {instead}")
+            raise UserError(f"trainer.{name} {why_not}")
     for option in ("name", "seed_everything", "episodes", "greedy", "torch_threads"):
         if options[option] is None:
             raise UserError(f"{option} is null: give a value, or leave it out")
@@ -198,8 +200,10 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
 
 
 def _refuse_nulls(where: str, takes: Callable, given: Namespace) -> None:
-    # A dataclass and a constructor alike.
-    hints = get_type_hints(takes) | get_type_hints(getattr(takes, "__init__", takes))
+    try:  # a dataclass and a constructor alike
+        hints = get_type_hints(takes) | get_type_hints(getattr(takes, "__init__", takes))
+    except NameError:  # of what only type checkers import
+        return
     for name, hint in hints.items():
         if name in given and given[name] is None and hint is not Any and NoneType not in get_args(hint):
             raise UserError(

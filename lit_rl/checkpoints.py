@@ -2,13 +2,14 @@
 
 What a resumed run finds again, to the bit: weights, normalisation and reward statistics, the optimizer's
 state, the frame count (and so learning rates and schedules), the best score, and the random states of
-python, numpy, torch and action sampling, of every rank. Off-policy runs find their target network, too, and
-go on with the replay that was saved beside last.ckpt. Two resumes from one checkpoint are equal.
+python, numpy, torch and (but for workers) action sampling, of every rank. Off-policy runs find their
+target network, too, and go on with the replay that was saved beside last.ckpt. Two resumes from one
+checkpoint are equal.
 
 What it does not: simulators cannot be saved, so every environment starts a new episode (other than the
 first ones, seeded by the run's seed and the frame count), and with it memory, the discounted return that
 scales rewards, and the mean return on the progress line start anew. A resumed run is therefore not the
-run that was never interrupted. With more ranks than before, the new ones start from their own seeds.
+run that was never interrupted. With more ranks than before, the new ones collect from their own seeds.
 Environments that draw from python's or numpy's global random state (gymnasium's do not) share it with
 training, and their evaluations then disturb it. Steps of an off-policy run that no whole window holds yet are
 not learnt from.

@@ -278,7 +278,9 @@ class LitRLCLI(LightningCLI):
         if f"{stage}/success" in metrics:
             line += f", success {metrics[f'{stage}/success']:.2f}"
         line += f", length {metrics[f'{stage}/length']:.1f}"
-        say(f"{line} ({self.options.episodes} {how} episodes of {self.options.env.id})")
+        episodes, frames = self.model.evaluated
+        when = "" if frames == self.model.frames else f" after {frames:,} frames"
+        say(f"{line} ({episodes} {how} episodes of {self.options.env.id}{when})")
 
 
 def say(text: str) -> None:

@@ -49,7 +49,10 @@ def entries() -> list[TrunkEntry]:
     """Every registered trunk, sorted by name then package; reads metadata only."""
     found: dict[str, list[TrunkEntry]] = {}
     for distribution in distributions():
-        package = distribution.metadata["Name"]
+        try:
+            package = distribution.metadata["Name"]
+        except UnicodeDecodeError:  # not even a name to show it by
+            continue
         # One distribution can stand twice on sys.path (an editable install beside its egg-info): the first
         # is the one that Python imports.
         if package and normalise(package) not in found:
@@ -58,13 +61,16 @@ def entries() -> list[TrunkEntry]:
 
 
 def _entries_of(distribution: Distribution, package: str) -> list[TrunkEntry]:
-    text = distribution.read_text("entry_points.txt") or ""
+    version = distribution.metadata["Version"] or "unknown version"
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError as error:
+        return [TrunkEntry("(unreadable)", f"entry_points.txt: {_one_line(error)}", package, version)]
     if GROUP not in text:
         return []
     # Not importlib.metadata.entry_points: one malformed line in anybody's file makes it raise for everybody.
     parser = ConfigParser(delimiters="=", allow_no_value=True, interpolation=None, strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
-    version = distribution.metadata["Version"] or "unknown version"
     try:
         parser.read_string(text)
     except ConfigError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import re
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -45,6 +47,12 @@ def write_plugin(name: str, parent: Path) -> Path:
         "module": f"lit_rl_{'_'.join(words)}",
         "class_name": class_name,
     }
+    with contextlib.suppress(PackageNotFoundError):
+        version(words_for["package"])
+        raise UserError(
+            f"the package {words_for['package']} is installed already, and this one would take its place; "
+            "choose another name"
+        )
     folder = parent / words_for["package"]
     contents = {
         "pyproject.toml": "pyproject.toml.tmpl",

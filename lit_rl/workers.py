@@ -19,7 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -247,6 +247,8 @@ class Workers:
 
 def check_workers(env: EnvConfig, num_workers: int, launcher: str) -> None:
     """Raises `UserError` where so many workers cannot be had."""
+    if launcher not in get_args(Launcher):
+        raise UserError(f"launcher is {launcher!r}: choose {' or '.join(get_args(Launcher))}")
     if env.num_envs % num_workers:
         raise UserError(
             f"{env.num_envs} environments do not divide among {num_workers} workers: change num_envs or "

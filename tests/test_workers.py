@@ -128,6 +128,8 @@ def test_workers_refuse_what_they_cannot_honour(option: dict[str, Any]) -> None:
 
 
 def test_environments_are_divided_among_workers() -> None:
+    with pytest.raises(UserError, match="launcher is 'rey': choose processes or ray"):
+        RolloutDataModule(ENV, num_workers=2, launcher="rey")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="4 environments do not divide among 3 workers"):
         RolloutDataModule(ENV, num_workers=3)
 

@@ -48,6 +48,8 @@ class LitAgent(L.LightningModule):
         self.automatic_optimization = False
         self.recent_returns: deque[float] = deque(maxlen=100)
         self._episodes: list[Episode] = []
+        self.evaluated = 0, 0
+        """how many episodes the last evaluation had, and after how many frames it was"""
         self._random_state: list[Any] | None = None
 
     def setup(self, stage: str) -> None:
@@ -137,6 +139,7 @@ class LitAgent(L.LightningModule):
         episodes, self._episodes = gather_list(self._episodes), []
         if self.trainer.sanity_checking:
             return
+        self.evaluated = len(episodes), self.frames
         summary = summarize(episodes)
         metrics = {f"{stage}/{key}": value for key, value in summary.items()}
         # A metric called `step` is Lightning's way to set the x axis.

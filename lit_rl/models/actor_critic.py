@@ -12,6 +12,7 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Generator, Tensor, nn
 
+from lit_rl.errors import UserError
 from lit_rl.models.agent import Agent, TrunkFactory, build_trunk, leaves_no_graph
 from lit_rl.models.encoder import Encoder, Observation, orthogonal
 from lit_rl.models.heads import policy_head
@@ -66,6 +67,8 @@ class ActorCritic(Agent):
             encoder_width=encoder_width,
             normalize_observation=normalize_observation,
         )
+        if value_trunk not in ("shared", "separate"):
+            raise UserError(f"value_trunk is {value_trunk!r}: choose shared or separate")
         self.value_encoder: Encoder | None = None
         self.value_trunk: Trunk | None = None
         if value_trunk == "separate":

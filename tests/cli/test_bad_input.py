@@ -163,6 +163,7 @@ def test_options_that_the_environment_does_not_have(refused_fit, options, messag
         ("--model=LitSAC", "model: there is no class LitSAC: choose LitPPO or LitDQN, or give"),
         ("--trainer.gradient_clip_val=1", "trainer.gradient_clip_val is not for algorithms that step by"),
         ("--trainer.accumulate_grad_batches=2", "set the size of the model's minibatches"),
+        ("--trainer.reload_dataloaders_every_n_epochs=1", "would begin the environments anew each time"),
         ("--data.launcher=ray", "launcher ray has no workers to launch: set num_workers"),
         ("--env.id=LunarLander-v2", "LunarLander-v2 cannot be made: "),
         ("--nope", "there is no option nope"),

@@ -54,6 +54,13 @@ def test_the_lines_it_prints(trained):
     assert trained.done.err == ""
 
 
+def test_the_last_line_is_of_the_evaluation_that_there_was(fit):
+    done = fit(
+        "--model.total_frames=96", "--trainer.check_val_every_n_epoch=2", "--trainer.limit_val_batches=1"
+    )
+    assert "(1 greedy episodes of CartPole-v1 after 64 frames)" in done.out
+
+
 def test_the_files_it_leaves(trained):
     run = trained.checkpoint.parents[1]
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}

@@ -126,6 +126,17 @@ def test_help_of_a_trunk(lit_rl, form):
     assert "(type: int, default: 128)" in done.out
 
 
+class Hinted(MLP):
+    """Its annotation is known to type checkers alone."""
+
+    widths: "Nowhere"  # noqa: F821
+
+
+def test_annotations_may_be_for_type_checkers_alone(fit):
+    done = fit(f"--model.trunk={__name__}.Hinted")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_configuration_trains(path, lit_rl, tmp_path):
     data = yaml.safe_load(path.read_text())["data"]

@@ -10,6 +10,7 @@ from helpers import installed_trunks, sample, small
 from tensordict import TensorDict
 from torch import Tensor
 
+from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import GRU, MLP
 
@@ -166,6 +167,11 @@ def test_actions_reach_the_environment_in_its_units() -> None:
     agent = make(action=spaces.Box(np.array([0.0], np.float32), np.array([4.0], np.float32)), squash=True)
     assert agent.to_env(torch.tensor([[0.0]])).tolist() == [[2.0]]
     assert make(action=spaces.Discrete(2, start=3)).to_env(torch.tensor([0, 1])).tolist() == [3, 4]
+
+
+def test_a_value_trunk_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="value_trunk is 'seperate': choose shared or separate"):
+        make(value_trunk="seperate")
 
 
 def test_a_trunk_class_is_a_factory() -> None:

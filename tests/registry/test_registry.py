@@ -69,6 +69,17 @@ def test_malformed_metadata_breaks_nothing_else(tmp_path, monkeypatch):
     assert [e.name for e in registry.entries() if e.package == "headless"] == ["(unreadable)"]
 
 
+@pytest.mark.parametrize("file", ["METADATA", "entry_points.txt"])
+def test_metadata_that_is_no_text_breaks_nothing_else(file, tmp_path, monkeypatch):
+    fake_package(tmp_path, "latin-9.0", "latin", "[lit_rl.trunks]\nlost = a:B\n")
+    path = tmp_path / "latin-9.0.dist-info" / file
+    path.write_bytes(path.read_bytes() + b"Author: Andr\xe9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.load("gru") is GRU
+    shown = {"METADATA": [], "entry_points.txt": ["(unreadable)"]}
+    assert [e.name for e in registry.entries() if e.package == "latin"] == shown[file]
+
+
 LOAD_EACH = """
 import json, sys
 from lit_rl import __version__, registry

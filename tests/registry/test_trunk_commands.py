@@ -129,6 +129,17 @@ def test_new_package_installs_and_passes_its_own_tests(tmp_path, run_python, ins
     assert "failed" not in done.stdout
 
 
+def test_new_takes_no_installed_package_away(tmp_path, monkeypatch):
+    """It may have other trunks than the one that it is called after."""
+    info = tmp_path / "site" / "lit_rl_mine-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lit_rl_mine\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(UserError, match="the package lit-rl-mine is installed already"):
+        trunk_commands.main(["new", "mine", "--path", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
 def test_new_refuses_an_existing_folder_and_leaves_it_alone(tmp_path):
     mine = tmp_path / "lit-rl-mine" / "notes.txt"
     mine.parent.mkdir()
