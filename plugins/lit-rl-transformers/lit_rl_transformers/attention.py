@@ -83,8 +83,9 @@ class WindowAttention(nn.Module):
 
     def attend(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Output ``[B, T, D]`` and the cache after the pass, ``[B, M, E]``."""
-        heads, kv_BME = self._heads(x_BTD, kv_BME, window)
+        q_BTD, new_BTE = self._project(x_BTD, window)
         with _exact(kv_BME):
+            heads, kv_BME = self._heads(q_BTD, new_BTE, kv_BME, window)
             y_GHSC = scaled_dot_product_attention(*heads)
         return self.out(window.join(y_GHSC.transpose(1, 2).flatten(2))), kv_BME
 
@@ -95,20 +96,19 @@ class WindowAttention(nn.Module):
 
     def weights(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
         """As `attention_map`, with a window at hand."""
-        (q_GHSC, k_GHWC, _, bias), _ = self._heads(x_BTD, kv_BME, window)
+        q_BTD, new_BTE = self._project(x_BTD, window)
         with _exact(kv_BME):
+            (q_GHSC, k_GHWC, _, bias), _ = self._heads(q_BTD, new_BTE, kv_BME, window)
             scores_GHSW = q_GHSC @ k_GHWC.mT * q_GHSC.shape[-1] ** -0.5 + bias
         return window.square(scores_GHSW.softmax(dim=-1).mean(dim=1))
 
-    def _heads(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
-        q_BTD, new_BTE = self._project(x_BTD, window)
+    def _heads(self, q_BTD: Tensor, new_BTE: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
         read_GWE, kv_BME = window.slide(kv_BME, new_BTE.to(kv_BME.dtype))
         q_GSD = window.cut(q_BTD.to(kv_BME.dtype))
         G, S, _ = q_GSD.shape
         q_GHSC = q_GSD.view(G, S, self.n_heads, -1).transpose(1, 2)
         k_GHWC, v_GHWC = read_GWE.view(G, -1, 2, self.n_heads, self.head_width).permute(2, 0, 3, 1, 4)
-        with _exact(kv_BME):
-            q_GHSC, bias = self._score(q_GHSC, window)
+        q_GHSC, bias = self._score(q_GHSC, window)
         return Heads(q_GHSC, k_GHWC, v_GHWC, bias), kv_BME
 
     def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
