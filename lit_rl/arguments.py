@@ -31,7 +31,7 @@ LINKED = {
     "data.greedy": "greedy",
 }
 
-# Trainer options that algorithms have no use for: what they may be, and why not else.
+# Trainer options that these algorithms refuse: the value that leaves them alone, and why no other.
 _STEPS = "is not for algorithms that step by themselves: set"
 NOT_OF_THE_TRAINER = {
     "gradient_clip_val": (None, f"{_STEPS} model.max_grad_norm"),

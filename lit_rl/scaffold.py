@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import keyword
 import re
 import shutil
@@ -47,8 +46,11 @@ def write_plugin(name: str, parent: Path) -> Path:
         "module": f"lit_rl_{'_'.join(words)}",
         "class_name": class_name,
     }
-    with contextlib.suppress(PackageNotFoundError):
+    try:
         version(words_for["package"])
+    except PackageNotFoundError:
+        pass
+    else:
         raise UserError(
             f"the package {words_for['package']} is installed already, and this one would take its place; "
             "choose another name"
