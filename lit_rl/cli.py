@@ -124,6 +124,9 @@ class LitRLCLI(LightningCLI):
     # ------------------------------------------------------------------ objects
 
     def before_instantiate_classes(self) -> None:
+        # Adam's momenta of units that fell silent decay to denormal numbers, which arithmetic is slow on.
+        # Threads take this over from the one that starts them.
+        torch.set_flush_denormal(True)
         torch.set_num_threads(self.options.torch_threads)
         keep_freed_memory()
         self.version: str | None = None

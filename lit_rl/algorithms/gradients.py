@@ -36,9 +36,9 @@ def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 @torch.no_grad()
 def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()``; of a plain fused `torch.optim.Adam` the kernel without what surrounds it.
+    """``optimizer.step()``; of torch's plain fused Adam and AdamW the kernel without what surrounds it.
 
-    That costs more than the kernel where networks are small. Hooks on such an Adam's step are not called.
+    That costs more than the kernel where networks are small. Hooks on such a step are not called.
     """
     if not is_plain_fused_adam(optimizer):
         optimizer.step()
@@ -54,7 +54,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
-        torch._fused_adam_(
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        kernel(
             parameters,
             [parameter.grad for parameter in parameters],
             [state["exp_avg"] for state in states],
@@ -73,7 +74,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
 
 def is_plain_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is torch's own with the kernel that is called here, which changes weights in place."""
-    return type(optimizer) is torch.optim.Adam and all(
-        group["fused"] and not (group["amsgrad"] or group["maximize"] or group["decoupled_weight_decay"])
-        for group in optimizer.param_groups
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+        group["fused"] and not (group["amsgrad"] or group["maximize"]) for group in optimizer.param_groups
     )

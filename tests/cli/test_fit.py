@@ -10,6 +10,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_rl.cli import LitRLCLI
+
 TRAINING = {
     "episode/return",
     "episode/length",
@@ -59,6 +61,16 @@ def test_the_last_line_is_of_the_evaluation_that_there_was(fit):
         "--model.total_frames=96", "--trainer.check_val_every_n_epoch=2", "--trainer.limit_val_batches=1"
     )
     assert "(1 greedy episodes of CartPole-v1 after 64 frames)" in done.out
+
+
+def test_it_takes_denormal_numbers_for_zero(fit, monkeypatch):
+    def half_of_the_least() -> float:
+        return (torch.tensor(torch.finfo(torch.float32).tiny) / 2).item()
+
+    seen = []
+    monkeypatch.setattr(LitRLCLI, "run", lambda self: seen.append(half_of_the_least()))
+    assert fit().code == 0
+    assert seen == [0.0] != [half_of_the_least()]
 
 
 def test_the_files_it_leaves(trained):
