@@ -23,7 +23,7 @@ from lit_rl.data import RolloutDataModule
 from lit_rl.data.window_replay import Drawn
 from lit_rl.envs import EnvConfig
 from lit_rl.models.actor_critic import ActorCritic
-from lit_rl.models.agent import TrunkFactory
+from lit_rl.models.agent import Agent, TrunkFactory
 from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
 from lit_rl.testing.envs import Counter
 from lit_rl.trunks import MLP
@@ -260,3 +260,22 @@ def window_loss(model: LitDQN, drawn: Drawn) -> tuple[Tensor, Tensor, dict[str, 
     priority, measured = model.loss.judge(model.agent.head, lesson, [prediction])
     auxiliary = 0.0 if prediction.auxiliary is None else prediction.auxiliary
     return prediction.loss + auxiliary, priority, measured
+
+
+def nothing(*_: Any) -> None:
+    """A hook that only listens."""
+
+
+def replaced(path: str, new: Any) -> Callable[[Agent], None]:
+    """Puts something else in the place of a module or parameter."""
+    parent, _, name = path.rpartition(".")
+    return lambda agent: setattr(agent.get_submodule(parent), name, new)
+
+
+def patched(path: str, name: str = "forward") -> Callable[[Agent], None]:
+    """Puts something else in the place of a module's method."""
+
+    def patch(agent: Agent) -> None:
+        setattr(agent.get_submodule(path), name, lambda *args: None)
+
+    return patch

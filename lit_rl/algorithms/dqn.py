@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
-from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
+from lit_rl.algorithms.fused_dqn import FusedTDLoss, fused_td_loss
+from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
 from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.replay import WindowShape
@@ -359,7 +360,8 @@ class LitDQN(LitAgent):
             drawn = replay.sample(updates * self.batch_size, beta=beta)
             drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
             lesson = self.loss.lesson(self.target, drawn)
-            predictions = [self._update(batch) for batch in lesson.split(self.batch_size)]
+            fused_loss = self._fused_loss(lesson)
+            predictions = [self._update(batch, fused_loss) for batch in lesson.split(self.batch_size)]
             priority, measured = self.loss.judge(self.agent.head, lesson, predictions)
             replay.update_priority(drawn.at, priority)
             self._measured.append((updates, measured))
@@ -372,12 +374,9 @@ class LitDQN(LitAgent):
             return 1
         return max(1, STEPS_A_LESSON // (self.batch_size * (self.loss.window + self.loss.n_step)))
 
-    def _update(self, lesson: Lesson) -> Prediction:
+    def _update(self, lesson: Lesson, fused_loss: FusedTDLoss | None) -> Prediction:
         """One optimizer step."""
-        prediction = self._predict(lesson)
-        loss = prediction.loss if prediction.auxiliary is None else prediction.loss + prediction.auxiliary
-        # An error that is clipped has a finite gradient even where it is infinite itself.
-        loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
+        prediction = self._descend(lesson) if fused_loss is None else fused_loss(lesson)
         norm = average_and_clip(self._learning_parameters, self.max_grad_norm)
         if not math.isfinite(norm):
             raise UserError(
@@ -392,8 +391,27 @@ class LitDQN(LitAgent):
         self._grad_norms.append(norm)
         return prediction
 
+    def _descend(self, lesson: Lesson) -> Prediction:
+        """What the network says of the lesson; sets the gradients of the loss."""
+        prediction = self._predict(lesson)
+        loss = prediction.loss if prediction.auxiliary is None else prediction.loss + prediction.auxiliary
+        # An error that is clipped has a finite gradient even where it is infinite itself.
+        loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
+        return prediction
+
     def _predict(self, lesson: Lesson) -> Prediction:
         return self.loss.predict(self.agent, lesson)
+
+    def _fused_loss(self, lesson: Lesson) -> FusedTDLoss | None:
+        """What gives loss and gradients of the lesson's batches at once, where there is such a thing.
+
+        It reads weights where they lie, so it is for an optimizer that changes them in place.
+        """
+        if getattr(self._predict, "__func__", None) is not LitDQN._predict:
+            return None
+        if not is_plain_fused_adam(self.trainer.optimizers[0]):
+            return None
+        return fused_td_loss(self.agent, lesson, self.loss, self.batch_size)
 
     @torch.no_grad()
     def _follow(self, share: float) -> None:

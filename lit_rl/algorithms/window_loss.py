@@ -135,7 +135,7 @@ class WindowLoss:
         counts = has_action[:, learnt]
         weight = counts * drawn.weight.unsqueeze(-1)
         target_MTAZ, _ = self._pass(target, seen, self.loss_steps + self.n_step - 1)  # not of the first step
-        bootstrap = None if self.double else _best(target_MTAZ, target_MTAZ, at, target.head)
+        bootstrap = None if self.double else best(target_MTAZ, target_MTAZ, at, target.head)
         action = steps[keys.ACTION][:, learnt]
         return Lesson(seen, action, reward, discount, at, counts, weight, target_MTAZ, bootstrap)
 
@@ -155,7 +155,7 @@ class WindowLoss:
                     judge_MTAZ, _ = self._pass(agent, seen, L + self.n_step - 1)
         bootstrap_MLZ = lesson.bootstrap
         if bootstrap_MLZ is None:
-            bootstrap_MLZ = _best(lesson.target, judge_MTAZ, lesson.at, head)
+            bootstrap_MLZ = best(lesson.target, judge_MTAZ, lesson.at, head)
         loss, predicted_MLZ = _loss(head, lesson, out_MLAZ, bootstrap_MLZ)
         drift_ML = delta_q_ML = None
         if seen.latent is not None:
@@ -254,7 +254,7 @@ def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:
     return out_MTAZ.gather(2, index).squeeze(2)
 
 
-def _best(target_MTAZ: Tensor, judge_MTAZ: Tensor, at_ML: Tensor, head: QHead) -> Tensor:
+def best(target_MTAZ: Tensor, judge_MTAZ: Tensor, at_ML: Tensor, head: QHead) -> Tensor:
     """The target network's numbers ``[M, L, Z]`` of the best action, to the judge, at the given steps."""
     best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
     return best_MTZ.gather(1, at_ML.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))

@@ -119,6 +119,17 @@ def ppo_loss_and_gradients(
     return totals, log_ratio, grad_log_prob, grad_value
 
 
+def td_loss_and_gradient(out: Array, *given: Array, is_clipped: bool) -> tuple[Array, Array, Array]:
+    """The loss ``[]`` of `compiled_td_loss`, the values ``[N]`` of the actions taken, the gradient of `out`.
+
+    `given` is action, reward, discount, bootstrap, weight and counts.
+    """
+    predicted, total = np.empty(len(out), out.dtype), np.empty((), out.dtype)
+    grad_out = np.zeros(out.shape, out.dtype)
+    _td_loss(out, *given, is_clipped, predicted, grad_out, total)
+    return total, predicted, grad_out
+
+
 class _CompiledCategorical(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,9 +200,7 @@ class _CompiledTDLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out_NA = out.detach().numpy().reshape(-1, out.shape[-2])
         given = [_flat(t) for t in (action, reward, discount, bootstrap, weight, counts)]
-        predicted, total = np.empty(len(out_NA), out_NA.dtype), np.empty((), out_NA.dtype)
-        grad_NA = np.zeros(out_NA.shape, out_NA.dtype)
-        _td_loss(out_NA, *given, is_clipped, predicted, grad_NA, total)
+        total, predicted, grad_NA = td_loss_and_gradient(out_NA, *given, is_clipped=is_clipped)
         ctx.save_for_backward(_tensor(grad_NA, out.shape))
         told = _tensor(predicted, bootstrap.shape)
         ctx.mark_non_differentiable(told)

@@ -1,4 +1,4 @@
-"""Policy and value of two multilayer perceptrons by compiled calls on the CPU, for acting and for learning.
+"""Agents whose networks are multilayer perceptrons, by compiled calls on the CPU, to act and to learn.
 
 Where environments and networks are small, the dozens of small operations of an acting step or an update
 cost more than their arithmetic.
@@ -8,6 +8,7 @@ Shapes: N observations, F features, P numbers that a head gives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -18,9 +19,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from lit_rl.compiled import Array, arrays, can_be_compiled
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
+from lit_rl.models.agent import Agent
 from lit_rl.models.encoder import Encoder, Flat
 from lit_rl.models.heads import Categorical, Gaussian
-from lit_rl.trunks import MLP, Trunk
+from lit_rl.models.q_heads import ExpectedQ
+from lit_rl.models.q_network import QNetwork
+from lit_rl.trunks import MLP, Linear, Trunk
 from lit_rl.trunks.mlp import are_layers, suit_one_core
 
 
@@ -30,20 +34,23 @@ class FusedNetwork:
     Weights that lie whole in memory are read where they lie, so changes in place are seen.
 
     Args:
+        projection: a linear map before the trunk, with ReLU; or none.
         trunk: with tanh or ReLU.
         head: a linear map.
     """
 
-    def __init__(self, trunk: MLP, head: nn.Linear) -> None:
+    def __init__(self, projection: Sequence[nn.Linear], trunk: MLP, head: nn.Linear) -> None:
         from lit_rl.compiled.perceptron import IDENTITY, RELU, TANH, layer_gradients, layer_of
 
         self._layer_of, self._layer_gradients = layer_of, layer_gradients
-        code = TANH if trunk.activation is torch.tanh else RELU
-        self.modules = (*cast(list[nn.Linear], list(trunk.layers)), head)
+        in_trunk = cast(list[nn.Linear], list(trunk.layers))
+        of_trunk = TANH if trunk.activation is torch.tanh else RELU
+        self.modules = (*projection, *in_trunk, head)
+        activations = (*[RELU] * len(projection), *[of_trunk] * len(in_trunk), IDENTITY)
         self._layers: list[tuple[Array, Array, int]] = []
-        for layer in self.modules:
+        for layer, activation in zip(self.modules, activations, strict=True):
             weight, bias = arrays(layer.weight.contiguous(), layer.bias)
-            self._layers.append((weight, bias, IDENTITY if layer is head else code))
+            self._layers.append((weight, bias, activation))
 
     def __call__(self, x: Array) -> list[Array]:
         """`x` ``[N, F]`` and what each layer makes of it, the head's ``[N, P]`` last."""
@@ -62,24 +69,14 @@ class FusedNetwork:
             self.modules[k].bias.grad = torch.from_numpy(grad_bias)
 
 
-class FusedActorCritic:
-    """The two networks of an `ActorCritic` whose critic shares nothing with its policy."""
+class Features:
+    """What an agent's networks are given, ``[N, F]`` in float32, of observations ``[N, F]``."""
 
-    def __init__(self, agent: ActorCritic, policy: FusedNetwork, value: FusedNetwork) -> None:
+    def __init__(self, agent: Agent) -> None:
         self._normalize = agent._normalize if agent.normalized else None
-        self._in_features = agent.trunk.in_features
-        self.policy_layers, self.value_layers = policy, value
+        self._in_features = agent.encoder.parts[0].out_features
 
-    def policy(self, observation: np.ndarray) -> Tensor:
-        """The policy's parameters ``[N, P]`` for observations ``[N, F]``."""
-        return torch.from_numpy(self.policy_layers(self.features(observation))[-1])
-
-    def value(self, observation: np.ndarray) -> Tensor:
-        """Values ``[N, 1]`` of observations ``[N, F]``."""
-        return torch.from_numpy(self.value_layers(self.features(observation))[-1])
-
-    def features(self, observation: np.ndarray) -> Array:
-        """What both networks are given, ``[N, F]`` in float32."""
+    def __call__(self, observation: np.ndarray) -> Array:
         if self._normalize is not None:
             observation = self._normalize(torch.from_numpy(observation)).numpy()
         x = np.ascontiguousarray(observation, np.float32)
@@ -91,6 +88,30 @@ class FusedActorCritic:
         return x
 
 
+class FusedActorCritic:
+    """The two networks of an `ActorCritic` whose critic shares nothing with its policy."""
+
+    def __init__(self, agent: ActorCritic, policy: FusedNetwork, value: FusedNetwork) -> None:
+        self.features = Features(agent)
+        self.policy_layers, self.value_layers = policy, value
+
+    def policy(self, observation: np.ndarray) -> Tensor:
+        """The policy's parameters ``[N, P]`` for observations ``[N, F]``."""
+        return torch.from_numpy(self.policy_layers(self.features(observation))[-1])
+
+    def value(self, observation: np.ndarray) -> Tensor:
+        """Values ``[N, 1]`` of observations ``[N, F]``."""
+        return torch.from_numpy(self.value_layers(self.features(observation))[-1])
+
+
+class FusedQNetwork:
+    """The network of a `QNetwork` that gives the expected return of each action, ``[N, A]``."""
+
+    def __init__(self, agent: QNetwork, layers: FusedNetwork) -> None:
+        self.features = Features(agent)
+        self.layers = layers
+
+
 def fused(agent: ActorCritic) -> FusedActorCritic | None:
     """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
 
@@ -98,17 +119,15 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     something else in the place of a `forward`.
     """
     policy_head = agent.policy
-    if type(agent) is not ActorCritic or not agent.values_can_wait or torch.is_autocast_enabled("cpu"):
-        return None
-    if _has_any_global_hook():
+    if type(agent) is not ActorCritic or not agent.values_can_wait or _is_changed(policy_head):
         return None
     if type(policy_head) is Categorical:
-        policy = _fuse(agent, agent.encoder, agent.trunk, policy_head.logits)
+        policy = _fuse(agent.encoder, agent.trunk, policy_head.logits)
     elif type(policy_head) is Gaussian:
-        policy = _fuse(agent, agent.encoder, agent.trunk, policy_head.mean)
+        policy = _fuse(agent.encoder, agent.trunk, policy_head.mean)
     else:
         return None
-    value = _fuse(agent, agent.value_encoder, agent.value_trunk, agent.value_head)
+    value = _fuse(agent.value_encoder, agent.value_trunk, agent.value_head)
     if policy is None or value is None or len(value.modules[-1].weight) != 1:
         return None
     return FusedActorCritic(agent, policy, value)
@@ -121,45 +140,82 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
     a layer is so large that torch is quicker.
     """
     networks = fused(agent)
-    if networks is None:
+    if networks is None or "log_prob_and_entropy" in vars(agent.policy):
         return None
-    layers = [*networks.policy_layers.modules, *networks.value_layers.modules]
+    others = [agent.policy.log_std] if isinstance(agent.policy, Gaussian) else []
+    learns = _can_learn(agent, rows, (networks.policy_layers, networks.value_layers), others)
+    return networks if learns else None
+
+
+def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
+    """Action values of an agent as it is now, for updates on so many steps.
+
+    None for the reasons of `fused_for_learning`, and where the head is more than one linear map or gives more
+    than the expected return.
+    """
+    head = agent.head
+    if type(agent) is not QNetwork or type(head) is not ExpectedQ or _is_changed(head):
+        return None
+    if head.hidden is not None or head.state_value is not None or {"loss", "values"} & vars(head).keys():
+        return None
+    layers = _fuse(agent.encoder, agent.trunk, head.last)
+    if layers is None or len(head.last.weight) != agent.num_actions or not _can_learn(agent, rows, (layers,)):
+        return None
+    return FusedQNetwork(agent, layers)
+
+
+def _can_learn(
+    agent: Agent, rows: int, networks: Sequence[FusedNetwork], others: Sequence[Tensor] = ()
+) -> bool:
+    """Whether all gradients are those of the networks' weights and `others`, and nobody watches."""
+    layers = [layer for network in networks for layer in network.modules]
     found = [id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
-    if isinstance(agent.policy, Gaussian):
-        found.append(id(agent.policy.log_std))
-    if len(set(found)) < len(found) or not set(found) <= set(map(id, agent.parameters())):
-        return None
+    found += map(id, others)
+    parameters = list(agent.parameters())
+    if len(set(found)) < len(found) or not set(found) <= set(map(id, parameters)):
+        return False
     if not suit_one_core(rows, [layer.weight for layer in layers]):
-        return None
+        return False
     if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
-        return None
-    if agent._forward_hooks or agent._forward_pre_hooks or "forward" in vars(agent):
-        return None
-    if torch.is_anomaly_enabled() or "log_prob_and_entropy" in vars(agent.policy):
-        return None
-    for parameter in agent.parameters():
-        if not parameter.requires_grad or not parameter.is_contiguous():
-            return None
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return None
-    return networks
+        return False
+    if _is_changed(agent) or torch.is_anomaly_enabled():
+        return False
+    return all(
+        parameter.requires_grad
+        and parameter.is_contiguous()
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+        for parameter in parameters
+    )
 
 
-def _fuse(
-    agent: ActorCritic, encoder: Encoder | None, trunk: Trunk | None, head: nn.Module
-) -> FusedNetwork | None:
+def _is_changed(module: nn.Module) -> bool:
+    """Whether somebody listens in on it, or has put something else in the place of its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> FusedNetwork | None:
+    if torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+        return None
     if encoder is None or type(trunk) is not MLP or trunk.activation not in (torch.tanh, torch.relu):
         return None
     plain = encoder.parts[0] if type(encoder) is Encoder else None
-    if type(plain) is not Flat or plain.event_dims != 1 or encoder.is_dict or encoder.project is not None:
+    if type(plain) is not Flat or plain.event_dims != 1 or encoder.is_dict:
         return None
-    if any(type(layer) is not nn.Linear for layer in (*trunk.layers, head)):
+    project = (
+        [] if encoder.project is None else [type(encoder.project), *map(type, encoder.project.children())]
+    )
+    if project not in ([], [nn.Sequential, Linear, nn.ReLU]):
         return None
-    modules = (agent.policy, *encoder.modules(), *trunk.modules(), head)
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
+    projection = [encoder.project[0]] if encoder.project is not None else []
+    layers = cast(list[nn.Linear], [*projection, *trunk.layers, head])
+    if any(type(layer) not in (nn.Linear, Linear) for layer in layers):
         return None
-    layers = cast(list[nn.Linear], [*trunk.layers, head])
+    if any(map(_is_changed, (*encoder.modules(), *trunk.modules(), head))):
+        return None
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if not are_layers(plain.out_features, weights, biases) or not can_be_compiled(*weights, *biases):
         return None
-    return FusedNetwork(trunk, cast(nn.Linear, head)) if weights[0].dtype == torch.float32 else None
+    if weights[0].dtype != torch.float32:
+        return None
+    return FusedNetwork(layers[: len(projection)], trunk, cast(nn.Linear, head))

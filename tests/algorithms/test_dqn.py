@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_rl.algorithms import dqn
 from lit_rl.algorithms.dqn import LitDQN
+from lit_rl.algorithms.fused_dqn import FusedTDLoss
 from lit_rl.algorithms.window_loss import Lesson, Prediction
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.window_replay import Drawn, WindowReplay
@@ -153,6 +154,40 @@ def test_updates_may_share_a_lesson(double: bool, monkeypatch: pytest.MonkeyPatc
         assert not ends[-1].equal(look.online[0])
     assert drawn == [8] * 18 + [32, 16] * 3  # in all blocks but the first, which holds no whole window
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"double": True},
+        {"double": False, "updates_per_block": 3, "weight_decay": 0.1, "n_step": 2},
+        {"tau": 0.1, "encoder_width": 5, "normalize_observation": True},
+        {"data": {"priority_exponent": 0.6}, "window": 4, "loss_steps": 2},
+    ],
+    ids=str,
+)
+def test_training_is_the_same_without_autograd(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a perceptron, to what rounding makes of it."""
+    called: list[FusedTDLoss] = []
+    call = FusedTDLoss.__call__
+
+    def counting(self: FusedTDLoss, lesson: Lesson) -> Prediction:
+        called.append(self)
+        return call(self, lesson)
+
+    monkeypatch.setattr(FusedTDLoss, "__call__", counting)
+    options = {"lr": 1e-2, "anneal_lr": True, "max_grad_norm": 0.1} | options
+    model, _, look, records = train(walk(), **options)
+    assert len(called) == model.trainer.global_step > 5
+    assert not look.online[0].equal(look.online[-1])
+    monkeypatch.setattr(LitDQN, "_fused_loss", lambda self, lesson: None)
+    other, _, _, others = train(walk(), **options)
+    assert len(called) == model.trainer.global_step
+    torch.testing.assert_close(parameters(model.agent), parameters(other.agent), atol=1e-4, rtol=1e-3)
+    for key in ("td_loss", "td_error", "q", "grad_norm"):
+        assert records.series(f"train/{key}") == pytest.approx(others.series(f"train/{key}"), rel=1e-3), key
 
 
 def test_updates_are_counted() -> None:

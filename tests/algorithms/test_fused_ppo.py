@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import parameters, train, walk
+from helpers import nothing, parameters, patched, replaced, train, walk
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -71,11 +71,14 @@ def without(model: LitPPO, steps: dict[str, Tensor], clip=0.2, entropy_coef=0.03
 @pytest.mark.parametrize("value_clip", [None, 0.3])
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("n_layers", [1, 3])
-def test_numbers_are_those_of_autograd(n_layers, activation, normalized, value_clip, action) -> None:
+@pytest.mark.parametrize(("n_layers", "encoder_width"), [(1, None), (3, None), (2, 7)])
+def test_numbers_are_those_of_autograd(
+    n_layers, encoder_width, activation, normalized, value_clip, action
+) -> None:
     model = make(
         walk(action),
         trunk=lambda F: MLP(F, d_model=9, n_layers=n_layers, activation=activation),
+        encoder_width=encoder_width,
         normalize_observation=normalized,
         value_clip=value_clip,
         value_coef=0.7,
@@ -140,12 +143,6 @@ def changed(change: Callable[[ActorCritic], Any], action: str = "continuous") ->
     return model
 
 
-def replaced(path: str, new: Any) -> Callable[[ActorCritic], None]:
-    """Puts something else in the place of a module or parameter."""
-    parent, _, name = path.rpartition(".")
-    return lambda agent: setattr(agent.get_submodule(parent), name, new)
-
-
 def tied(agent: ActorCritic) -> None:
     agent.value_trunk.layers[0].weight = agent.trunk.layers[0].weight
 
@@ -160,14 +157,6 @@ def made_of_another(agent: ActorCritic) -> None:
     layer.weight = 2 * agent.source
 
 
-def patched(path: str, name: str = "forward") -> Callable[[ActorCritic], None]:
-    def patch(agent: ActorCritic) -> None:
-        module = agent.get_submodule(path)
-        setattr(module, name, lambda *args: None)
-
-    return patch
-
-
 class OwnLoss(LitPPO):
     def _loss(self, *args):
         return super()._loss(*args)
@@ -178,10 +167,6 @@ class Wrapped(LitPPO):
         super().__init__(*args, **options)
         loss = self._minibatch_loss
         self._minibatch_loss = lambda *args: loss(*args)
-
-
-def nothing(*_: Any) -> None:
-    pass
 
 
 NOT_FUSED = {

@@ -44,10 +44,14 @@ def in_torch(agent: ActorCritic, observation: np.ndarray) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
+@pytest.mark.parametrize("encoder_width", [None, 6])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_policy_and_value_are_those_of_torch(rows, n_layers, activation, action, normalized) -> None:
+def test_policy_and_value_are_those_of_torch(
+    rows, encoder_width, n_layers, activation, action, normalized
+) -> None:
     shape = {"d_model": 19, "n_layers": n_layers, "activation": activation}
-    agent = make(action=action, trunk_options=shape, normalize_observation=normalized)
+    options = {"encoder_width": encoder_width, "normalize_observation": normalized}
+    agent = make(action=action, trunk_options=shape, **options)
     agent.update_normalization(3 * torch.randn(50, 1, 3) + 2)
     observation = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
     networks = fused(agent)
@@ -102,6 +106,12 @@ def hooked_policy() -> ActorCritic:
     return agent
 
 
+def other_encoder() -> ActorCritic:
+    agent = make(encoder_width=4)
+    agent.encoder.project[1] = nn.Tanh()
+    return agent
+
+
 def without_bias() -> ActorCritic:
     agent = make()
     agent.value_head = nn.Linear(8, 1, bias=False)
@@ -125,7 +135,7 @@ OTHERS = {
     "recurrent": lambda: make(trunk=GRU),
     "subclass": lambda: make(trunk=Doubled),
     "silu": lambda: make(trunk_options={"activation": "silu"}),
-    "encoder": lambda: make(encoder_width=4),
+    "encoder": other_encoder,
     "matrix": lambda: make(spaces.Box(-1, 1, (3, 2))),
     "dict": lambda: make(spaces.Dict({"a": BOX})),
     "one-hot": lambda: make(spaces.Discrete(3)),
