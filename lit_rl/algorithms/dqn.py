@@ -226,7 +226,7 @@ class LitDQN(LitAgent):
         self._ready_at = time.perf_counter()
         self._since_log: dict[str, float] = {"collecting": 0.0, "learning": 0.0}
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # of so many updates
-        self._learning_parameters = list(self.agent.parameters())
+        self._learning_parameters: list[Tensor] = []
         self._grad_norms: list[float] = []
         self._finished: list[Tensor] = []
 
@@ -241,6 +241,7 @@ class LitDQN(LitAgent):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One of two groups, the second the trunk's: their learning rates are set as frames go by."""
         trunk = list(self.agent.trunk.parameters())
         in_trunk = set(map(id, trunk))
         rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
@@ -266,6 +267,7 @@ class LitDQN(LitAgent):
 
     def on_fit_start(self) -> None:
         self.check_data(self.data)
+        self._learning_parameters = list(self.agent.parameters())
         self._logged_at = self.frames
         self._learning = False
         self._apply_exploration()
@@ -407,8 +409,9 @@ class LitDQN(LitAgent):
 
         It reads weights where they lie, so it is for an optimizer that changes them in place.
         """
-        if getattr(self._predict, "__func__", None) is not LitDQN._predict:
-            return None
+        for method, mine in ((self._descend, LitDQN._descend), (self._predict, LitDQN._predict)):
+            if getattr(method, "__func__", None) is not mine:
+                return None
         if not is_plain_fused_adam(self.trainer.optimizers[0]):
             return None
         return fused_td_loss(self.agent, lesson, self.loss, self.batch_size)

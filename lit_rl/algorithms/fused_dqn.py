@@ -58,11 +58,14 @@ def fused_td_loss(agent: QNetwork, lesson: Lesson, loss: WindowLoss, batch_size:
     """For batches of so many windows of a lesson; None where autograd is needed, or no slower."""
     if type(loss) is not WindowLoss or "predict" in vars(loss) or lesson.seen.latent is not None:
         return None
-    network = fused_q_for_learning(agent, batch_size * loss.loss_steps)
+    steps = loss.loss_steps + loss.n_step - 1 if loss.double else loss.loss_steps
+    network = fused_q_for_learning(agent, batch_size * steps)
     if network is None or agent.head.error not in (huber, half_squared):
         return None
-    floats = [lesson.reward, lesson.discount, lesson.weight, lesson.target]
-    floats += [] if lesson.bootstrap is None else [lesson.bootstrap]
-    if not can_be_compiled(*floats) or lesson.reward.dtype != torch.float32:
+    bootstrap = [] if lesson.bootstrap is None else [lesson.bootstrap]
+    floats = [lesson.reward, lesson.discount, lesson.weight, *bootstrap]
+    if not can_be_compiled(lesson.target, *floats) or lesson.target.dtype != torch.float32:
         return None
+    if any(tensor.shape[:2] != lesson.counts.shape for tensor in (lesson.action, *floats)):
+        return None  # compiled loops check no bounds
     return FusedTDLoss(agent, network, loss)

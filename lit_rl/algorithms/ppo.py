@@ -306,7 +306,10 @@ class LitPPO(LitAgent):
     def _loss(
         self, steps_MT: Mapping[str, Tensor], state_M: TensorDict, clip: float, entropy_coef: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss of one minibatch; detached, its parts and the log ratio ``[M, T]``."""
+        """The loss of one minibatch; detached, its parts and the log ratio ``[M, T]``.
+
+        Of small MLPs `lit_rl.algorithms.fused_ppo` says the same without autograd.
+        """
         params, value, _ = self.agent(steps_MT[keys.OBSERVATION], state_M, steps_MT[keys.IS_INIT])
         log_prob, entropy = self.agent.policy.log_prob_and_entropy(params, steps_MT[keys.ACTION])
         terms = ppo_loss(

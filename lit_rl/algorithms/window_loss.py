@@ -2,7 +2,8 @@
 
 `lesson` is what stands still while the target network does: what that says of the windows, n-step rewards,
 weights. It is made for several batches at once, which costs little more than one. `predict` is the pass that
-learns, and the loss. `judge` measures afterwards how far off it was, and gives new priorities.
+learns, and the loss; of a small MLP `lit_rl.algorithms.fused_dqn` says the same without autograd. `judge`
+measures afterwards how far off it was, and gives new priorities.
 
 Shapes: M windows, L steps with a loss, T steps with those before them, which only lead up to them, and n
 behind them, which only bootstrap; A actions, Z numbers an action (`QHead`), D latent.

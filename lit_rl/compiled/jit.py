@@ -11,10 +11,11 @@ from numba.core.codegen import get_host_cpu_features
 
 
 def fill_registers() -> None:
-    """Has loops fill registers of 512 bits, half of which LLVM leaves empty on Intel's processors.
+    """Has loops fill registers of 512 bits, which LLVM leaves half empty on Intel's processors.
 
     Full ones slowed the clock of the first processors that had them; those with bfloat16 in them came later.
-    It holds for what is compiled from now on. What the user has told numba of the processor stays.
+    numba asks when the first loop of a process is declared: where that was another's, nothing changes, and
+    else it holds for others' loops, too. What the user has told numba of the processor stays.
     """
     config: Any = numba.config
     features = get_host_cpu_features()

@@ -29,7 +29,7 @@ from lit_rl.trunks.mlp import are_layers, suit_one_core
 
 
 class FusedNetwork:
-    """A head on an `MLP`, with the weights that they have now: make one for each rollout.
+    """A head on an `MLP`, with the weights that they have now: make one for each rollout or lesson.
 
     Weights that lie whole in memory are read where they lie, so changes in place are seen.
 
@@ -116,7 +116,7 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
 
     They are in float32, without autocast, read a plain observation, and nobody listens in on them or has put
-    something else in the place of a `forward`.
+    something else in the place of a method.
     """
     policy_head = agent.policy
     if type(agent) is not ActorCritic or not agent.values_can_wait or _is_changed(policy_head):
@@ -140,7 +140,7 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
     a layer is so large that torch is quicker.
     """
     networks = fused(agent)
-    if networks is None or "log_prob_and_entropy" in vars(agent.policy):
+    if networks is None:
         return None
     others = [agent.policy.log_std] if isinstance(agent.policy, Gaussian) else []
     learns = _can_learn(agent, rows, (networks.policy_layers, networks.value_layers), others)
@@ -156,7 +156,7 @@ def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
     head = agent.head
     if type(agent) is not QNetwork or type(head) is not ExpectedQ or _is_changed(head):
         return None
-    if head.hidden is not None or head.state_value is not None or {"loss", "values"} & vars(head).keys():
+    if head.hidden is not None or head.state_value is not None:
         return None
     layers = _fuse(agent.encoder, agent.trunk, head.last)
     if layers is None or len(head.last.weight) != agent.num_actions or not _can_learn(agent, rows, (layers,)):
@@ -167,12 +167,12 @@ def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
 def _can_learn(
     agent: Agent, rows: int, networks: Sequence[FusedNetwork], others: Sequence[Tensor] = ()
 ) -> bool:
-    """Whether all gradients are those of the networks' weights and `others`, and nobody watches."""
+    """Whether the networks' weights and `others` are all that learns, and nobody watches."""
     layers = [layer for network in networks for layer in network.modules]
     found = [id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
     found += map(id, others)
     parameters = list(agent.parameters())
-    if len(set(found)) < len(found) or not set(found) <= set(map(id, parameters)):
+    if len(set(found)) < len(found) or set(found) != set(map(id, parameters)):
         return False
     if not suit_one_core(rows, [layer.weight for layer in layers]):
         return False
@@ -190,8 +190,10 @@ def _can_learn(
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether somebody listens in on it, or has put something else in the place of its `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether somebody listens in on it, or has put something else in the place of a method."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return any(hasattr(type(module), name) for name in vars(module))
 
 
 def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> FusedNetwork | None:

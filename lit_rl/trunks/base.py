@@ -40,7 +40,7 @@ class Trunk(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: not the last pass's loss, whose graph neither can take along."""
-        return {**self.__dict__, "auxiliary_loss": None}
+        return {name: value for name, value in self.__dict__.items() if name != "auxiliary_loss"}
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> TensorDict:

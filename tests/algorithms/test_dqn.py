@@ -14,7 +14,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import Q_HEADS, Records, counter, make_trainer, parameters, walk
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rl.algorithms import dqn
 from lit_rl.algorithms.dqn import LitDQN
@@ -188,6 +188,24 @@ def test_training_is_the_same_without_autograd(
     torch.testing.assert_close(parameters(model.agent), parameters(other.agent), atol=1e-4, rtol=1e-3)
     for key in ("td_loss", "td_error", "q", "grad_norm"):
         assert records.series(f"train/{key}") == pytest.approx(others.series(f"train/{key}"), rel=1e-3), key
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"], ids=["without autograd", "autograd"])
+def test_a_head_put_in_later_learns_like_any(activation: str) -> None:
+    """Its gradient is clipped, and gone after the step."""
+
+    class Replaced(LitDQN):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.agent.head.last = nn.Linear(64, 3)
+            self.before = self.agent.head.last.bias.detach().clone()
+
+    model, _, _, _ = train(
+        walk(), partial(MLP, activation=activation), algorithm=Replaced, max_grad_norm=1e-9
+    )
+    moved = (model.agent.head.last.bias - model.before).abs().max()
+    assert 0 < moved < 1e-3  # Adam's step would be of 1e-3 a time, but for its epsilon beside such gradients
+    assert all(parameter.grad is None for parameter in model.agent.parameters())
 
 
 def test_updates_are_counted() -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Q_HEADS, nothing, patched, replaced, walk
+from helpers import Q_HEADS, Balanced, nothing, patched, replaced, walk
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl import keys
 from lit_rl.algorithms.dqn import LitDQN
 from lit_rl.algorithms.fused_dqn import FusedTDLoss
-from lit_rl.algorithms.window_loss import Lesson, Prediction
+from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss
 from lit_rl.data.window_replay import Drawn
 from lit_rl.models.q_heads import ExpectedQ
 from lit_rl.models.q_network import QNetwork
@@ -186,9 +186,51 @@ class OwnOptimizer(LitDQN):
         return torch.optim.SGD(self.agent.parameters(), lr=1.0)
 
 
+class Tripled(LitDQN):
+    def _descend(self, lesson: Lesson) -> Prediction:
+        prediction = super()._descend(lesson)
+        for parameter in self.agent.parameters():
+            parameter.grad *= 3
+        return prediction
+
+
+class OwnValues(ExpectedQ):
+    def values(self, out: Tensor) -> Tensor:
+        return -super().values(out)
+
+
+class OwnNetwork(QNetwork):
+    def of_latent(self, latent: Tensor) -> Tensor:
+        return 2 * super().of_latent(latent)
+
+
+class OwnLoss(WindowLoss):
+    def predict(self, agent: QNetwork, lesson: Lesson) -> Prediction:
+        prediction = super().predict(agent, lesson)
+        return prediction._replace(loss=2 * prediction.loss)
+
+
+def own_network() -> LitDQN:
+    model = make()
+    model.agent.__class__ = OwnNetwork
+    return model
+
+
 def own_loss() -> LitDQN:
     model = make()
+    model.loss = OwnLoss(**vars(model.loss))
+    return model
+
+
+def wrapped_loss() -> LitDQN:
+    model = make()
     vars(model.loss)["predict"] = model.loss.predict
+    return model
+
+
+def norm_that_learns() -> LitDQN:
+    model = make(normalize_observation=True)
+    model.agent.norms[0] = nn.LayerNorm(2)
     return model
 
 
@@ -213,7 +255,13 @@ NOT_FUSED: dict[str, Callable[[], LitDQN]] = {
     "its own prediction": lambda: make(algorithm=OwnPrediction),
     "a prediction wrapped": lambda: make(algorithm=Wrapped),
     "its own optimizer": lambda: make(algorithm=OwnOptimizer),
-    "a loss wrapped": own_loss,
+    "gradients of its own": lambda: make(algorithm=Tripled),
+    "an auxiliary loss": lambda: make(partial(Balanced, d_model=9)),
+    "subclass of the head": lambda: make(head=OwnValues),
+    "subclass of the network": own_network,
+    "subclass of the loss": own_loss,
+    "a loss wrapped": wrapped_loss,
+    "norm that learns": norm_that_learns,
 } | {
     name: partial(changed, change)
     for name, change in {
@@ -228,6 +276,12 @@ NOT_FUSED: dict[str, Callable[[], LitDQN]] = {
         "hook on the head": lambda agent: agent.head.register_forward_pre_hook(nothing),
         "hook backwards": lambda agent: agent.trunk.register_full_backward_hook(nothing),
         "patched trunk": patched("trunk"),
+        "patched passes of the trunk": patched("trunk", "last_steps"),
+        "auxiliary loss of the trunk": lambda agent: setattr(agent.trunk, "auxiliary_loss", torch.ones(())),
+        "patched passes": patched("", "last_steps"),
+        "patched latents": patched("", "of_latent"),
+        "patched normalisation": patched("", "_normalize"),
+        "patched auxiliary loss": patched("", "auxiliary_loss"),
         "patched head": patched("head"),
         "patched values": patched("head", "values"),
         "patched loss": patched("head", "loss"),
@@ -247,14 +301,35 @@ def test_the_same_without_change_is_fused() -> None:
 
 
 def test_lessons_in_other_numbers_are_left_to_autograd() -> None:
-    model = make()
+    model = make(double=False)
     given = lesson(model)
     assert model._fused_loss(given) is not None
     assert model._fused_loss(given._replace(reward=given.reward.double())) is None
+    floats = ("reward", "discount", "weight", "target", "bootstrap")
+    wide = {name: getattr(given, name).double() for name in floats}
+    assert model._fused_loss(given._replace(**wide)) is None
 
 
-def test_large_batches_are_left_to_torch() -> None:
-    """More than 2^24 multiplications a layer."""
-    for steps, is_fused in ((12, True), (13, False)):  # 20 windows of so many
-        model = make(partial(MLP, d_model=256), window=steps)
-        assert (model._fused_loss(lesson(model)) is not None) is is_fused
+def test_lessons_of_other_shapes_are_left_to_autograd() -> None:
+    """Which broadcasts, or says what is wrong."""
+    model = make(window=3, double=False)
+    given = lesson(model)
+    assert model._fused_loss(given) is not None
+    assert model._fused_loss(given._replace(weight=given.weight[:, :1])) is None
+    assert model._fused_loss(given._replace(action=given.action[:, :2])) is None
+
+
+@pytest.mark.parametrize(
+    ("window", "options", "is_fused"),
+    [
+        (12, {}, True),
+        (13, {}, False),
+        (3, {"n_step": 10}, True),
+        (3, {"n_step": 11}, False),  # of which 3 + 11 - 1 steps judge
+        (3, {"n_step": 11, "double": False}, True),
+    ],
+)
+def test_large_batches_are_left_to_torch(window: int, options: dict[str, Any], is_fused: bool) -> None:
+    """More than 2^24 multiplications a layer, with 20 windows of so many steps."""
+    model = make(partial(MLP, d_model=256), window=window, **options)
+    assert (model._fused_loss(lesson(model)) is not None) is is_fused
