@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lit_rl.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +49,6 @@ def run(*arguments: object) -> Done:
             code = main([str(argument) for argument in arguments])
         except SystemExit as end:  # --help and --print_config
             code = int(end.code or 0)
-        finally:
-            torch.set_flush_denormal(False)  # which is for the command alone
     return Done(code, out.getvalue(), err.getvalue())
 
 
