@@ -204,12 +204,11 @@ def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> Fuse
     plain = encoder.parts[0] if type(encoder) is Encoder else None
     if type(plain) is not Flat or plain.event_dims != 1 or encoder.is_dict:
         return None
-    project = (
-        [] if encoder.project is None else [type(encoder.project), *map(type, encoder.project.children())]
-    )
-    if project not in ([], [nn.Sequential, Linear, nn.ReLU]):
+    project = encoder.project
+    kinds = [] if project is None else [type(project), *map(type, project.children())]
+    if kinds not in ([], [nn.Sequential, Linear, nn.ReLU]):
         return None
-    projection = [encoder.project[0]] if encoder.project is not None else []
+    projection = [] if project is None else [project[0]]
     layers = cast(list[nn.Linear], [*projection, *trunk.layers, head])
     if any(type(layer) not in (nn.Linear, Linear) for layer in layers):
         return None
