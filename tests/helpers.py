@@ -279,3 +279,10 @@ def patched(path: str, name: str = "forward") -> Callable[[Agent], None]:
         setattr(agent.get_submodule(path), name, lambda *args: None)
 
     return patch
+
+
+def made_of_another(agent: Agent) -> None:
+    """Makes a weight of the trunk out of a parameter elsewhere."""
+    layer, agent.source = agent.trunk.layers[1], torch.nn.Parameter(torch.ones(9, 9))
+    del layer.weight
+    layer.weight = 2 * agent.source

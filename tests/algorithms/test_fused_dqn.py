@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Q_HEADS, Balanced, nothing, patched, replaced, walk
+from helpers import Q_HEADS, Balanced, made_of_another, nothing, patched, replaced, walk
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -28,14 +28,20 @@ torch.set_num_threads(1)
 M = 20  # windows
 
 
+def about_to_learn(model: LitDQN) -> LitDQN:
+    """With its optimizer, as in a Trainer's hands."""
+    trainer: Any = SimpleNamespace(optimizers=[model.configure_optimizers()])
+    model.trainer = trainer
+    return model
+
+
 def make(trunk: Any = None, algorithm: type[LitDQN] = LitDQN, **options: Any) -> LitDQN:
     """Whose weights are all clearly not zero, and others in the target network."""
     torch.manual_seed(0)
-    model = algorithm(walk(), trunk or partial(MLP, d_model=9), batch_size=M, **options)
+    model = about_to_learn(algorithm(walk(), trunk or partial(MLP, d_model=9), batch_size=M, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.5)
-    model.trainer = SimpleNamespace(optimizers=[model.configure_optimizers()])  # type: ignore[assignment]
     return model
 
 
@@ -107,8 +113,7 @@ def test_by_hand() -> None:
     one_hot = spaces.Box(0.0, 1.0, (3,), np.float32)
     env: Any = SimpleNamespace(id="table", spaces=lambda: (one_hot, spaces.Discrete(2)))
     trunk = partial(MLP, d_model=3, n_layers=1, activation="relu")
-    model = LitDQN(env, trunk, gamma=0.5, window=2, batch_size=1)
-    model.trainer = SimpleNamespace(optimizers=[model.configure_optimizers()])  # type: ignore[assignment]
+    model = about_to_learn(LitDQN(env, trunk, gamma=0.5, window=2, batch_size=1))
     tables = ([[1.0, 2.0], [3.0, 0.0], [0.0, 5.0]], [[10.0, 20.0], [30.0, 40.0], [60.0, 50.0]])
     with torch.no_grad():
         for network, values in zip((model.agent, model.target), tables, strict=True):
@@ -236,12 +241,6 @@ def norm_that_learns() -> LitDQN:
 
 def tied(agent: QNetwork) -> None:
     agent.trunk.layers[1].bias = agent.trunk.layers[0].bias
-
-
-def made_of_another(agent: QNetwork) -> None:
-    layer, agent.source = agent.trunk.layers[1], nn.Parameter(torch.ones(9, 9))
-    del layer.weight
-    layer.weight = 2 * agent.source
 
 
 NOT_FUSED: dict[str, Callable[[], LitDQN]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import nothing, parameters, patched, replaced, train, walk
+from helpers import made_of_another, nothing, parameters, patched, replaced, train, walk
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -149,12 +149,6 @@ def tied(agent: ActorCritic) -> None:
 
 def tied_deviation(agent: ActorCritic) -> None:
     agent.policy.log_std = agent.policy.mean.bias
-
-
-def made_of_another(agent: ActorCritic) -> None:
-    layer, agent.source = agent.trunk.layers[1], nn.Parameter(torch.ones(9, 9))
-    del layer.weight
-    layer.weight = 2 * agent.source
 
 
 class OwnLoss(LitPPO):
