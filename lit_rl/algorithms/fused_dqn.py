@@ -15,7 +15,7 @@ import torch
 
 from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss, best
 from lit_rl.compiled import Array, arrays, can_be_compiled
-from lit_rl.models.fused import FusedQNetwork, fused_q_for_learning
+from lit_rl.models.fused import Features, FusedNetwork, fused_q_for_learning
 from lit_rl.models.q_heads import half_squared, huber
 from lit_rl.models.q_network import QNetwork
 
@@ -23,20 +23,20 @@ from lit_rl.models.q_network import QNetwork
 class FusedTDLoss:
     """Loss and gradients of a batch, where the Q-network is a perceptron."""
 
-    def __init__(self, agent: QNetwork, network: FusedQNetwork, loss: WindowLoss) -> None:
+    def __init__(self, agent: QNetwork, layers: FusedNetwork, loss: WindowLoss) -> None:
         from lit_rl.compiled.losses import td_loss_and_gradient
 
         self._loss_and_gradient = td_loss_and_gradient
-        self._network, self._loss, self._head = network, loss, agent.head
+        self._features, self._layers, self._loss, self._head = Features(agent), layers, loss, agent.head
         self._is_clipped = agent.head.error is huber
 
     def __call__(self, lesson: Lesson) -> Prediction:
         """What `WindowLoss.predict` returns, without a graph; the parameters' gradients set."""
-        learnt, layers = self._loss.window - self._loss.loss_steps, self._network.layers
-        outputs = layers(self._features(lesson, learnt, self._loss.window))
+        learnt, layers = self._loss.window - self._loss.loss_steps, self._layers
+        outputs = layers(self._of_steps(lesson, learnt, self._loss.window))
         bootstrap_MLZ = lesson.bootstrap
         if bootstrap_MLZ is None:
-            judge = layers(self._features(lesson, learnt + 1, self._loss.window + self._loss.n_step))[-1]
+            judge = layers(self._of_steps(lesson, learnt + 1, self._loss.window + self._loss.n_step))[-1]
             judge_MTAZ = torch.from_numpy(judge).view_as(lesson.target)
             bootstrap_MLZ = best(lesson.target, judge_MTAZ, lesson.at, self._head)
         given = (lesson.action, lesson.reward, lesson.discount, bootstrap_MLZ, lesson.weight, lesson.counts)
@@ -49,9 +49,9 @@ class FusedTDLoss:
         predicted_MLZ = torch.from_numpy(predicted).view_as(bootstrap_MLZ)
         return Prediction(torch.from_numpy(loss), None, predicted_MLZ, bootstrap_MLZ, None, None)
 
-    def _features(self, lesson: Lesson, start: int, stop: int) -> Array:
-        """Of these steps of all windows, ``[M (stop - start), F]``."""
-        return self._network.features(lesson.seen.observation[:, start:stop].flatten(0, 1).numpy())
+    def _of_steps(self, lesson: Lesson, start: int, stop: int) -> Array:
+        """Features of these steps of all windows, ``[M (stop - start), F]``."""
+        return self._features(lesson.seen.observation[:, start:stop].flatten(0, 1).numpy())
 
 
 def fused_td_loss(agent: QNetwork, lesson: Lesson, loss: WindowLoss, batch_size: int) -> FusedTDLoss | None:
@@ -59,8 +59,8 @@ def fused_td_loss(agent: QNetwork, lesson: Lesson, loss: WindowLoss, batch_size:
     if type(loss) is not WindowLoss or "predict" in vars(loss) or lesson.seen.latent is not None:
         return None
     steps = loss.loss_steps + loss.n_step - 1 if loss.double else loss.loss_steps
-    network = fused_q_for_learning(agent, batch_size * steps)
-    if network is None or agent.head.error not in (huber, half_squared):
+    layers = fused_q_for_learning(agent, batch_size * steps)
+    if layers is None or agent.head.error not in (huber, half_squared):
         return None
     bootstrap = [] if lesson.bootstrap is None else [lesson.bootstrap]
     floats = [lesson.reward, lesson.discount, lesson.weight, *bootstrap]
@@ -68,4 +68,4 @@ def fused_td_loss(agent: QNetwork, lesson: Lesson, loss: WindowLoss, batch_size:
         return None
     if any(tensor.shape[:2] != lesson.counts.shape for tensor in (lesson.action, *floats)):
         return None  # compiled loops check no bounds
-    return FusedTDLoss(agent, network, loss)
+    return FusedTDLoss(agent, layers, loss)

@@ -104,14 +104,6 @@ class FusedActorCritic:
         return torch.from_numpy(self.value_layers(self.features(observation))[-1])
 
 
-class FusedQNetwork:
-    """The network of a `QNetwork` that gives the expected return of each action, ``[N, A]``."""
-
-    def __init__(self, agent: QNetwork, layers: FusedNetwork) -> None:
-        self.features = Features(agent)
-        self.layers = layers
-
-
 def fused(agent: ActorCritic) -> FusedActorCritic | None:
     """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
 
@@ -147,8 +139,8 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
     return networks if learns else None
 
 
-def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
-    """Action values of an agent as it is now, for updates on so many steps.
+def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedNetwork | None:
+    """Action values ``[N, A]`` of `Features` by an agent as it is now, for updates on so many steps.
 
     None for the reasons of `fused_for_learning`, and where the head is more than one linear map or gives more
     than the expected return.
@@ -161,7 +153,7 @@ def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
     layers = _fuse(agent.encoder, agent.trunk, head.last)
     if layers is None or len(head.last.weight) != agent.num_actions or not _can_learn(agent, rows, (layers,)):
         return None
-    return FusedQNetwork(agent, layers)
+    return layers
 
 
 def _can_learn(
