@@ -35,15 +35,28 @@ class LitAgent(L.LightningModule):
     `frames` counts the frames of all processes; budgets, schedules and the x axis of every plot are in
     frames (Lightning's `global_step` counts optimizer steps). Training stops when `total_frames` is
     reached. Random states, frames and the names of trunk and environment are part of the checkpoint.
+
+    Args:
+        environment: its name.
+        total_frames: environment frames to train for.
+        lr: learning rate.
+        trunk_lr: that of the trunk's parameters; `lr` if absent.
+        anneal_lr: learning rates fall linearly to 0.
     """
 
     agent: Agent
 
-    def __init__(self, total_frames: int, environment: str) -> None:
+    def __init__(
+        self, environment: str, *, total_frames: int, lr: float, trunk_lr: float | None, anneal_lr: bool
+    ) -> None:
         super().__init__()
         self.environment = environment
         check_range({"total_frames": total_frames}, 1)
+        check_range({"lr": lr, "trunk_lr": trunk_lr}, 0)
         self.total_frames = total_frames
+        self.lr = lr
+        self.trunk_lr = lr if trunk_lr is None else trunk_lr
+        self.anneal_lr = anneal_lr
         self.frames = 0
         self.automatic_optimization = False
         self.recent_returns: deque[float] = deque(maxlen=100)
@@ -82,6 +95,19 @@ class LitAgent(L.LightningModule):
         """Share of the frame budget that is spent, 0 to 1."""
         return min(self.frames / self.total_frames, 1.0)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For an optimizer: what is around the trunks, and the trunks, each with its learning rate."""
+        in_trunks = [p for trunk in self.agent.trunks() for p in trunk.parameters()]
+        known = set(map(id, in_trunks))
+        rest = [p for p in self.agent.parameters() if id(p) not in known]
+        return [{"params": rest, "lr": self.lr}, {"params": in_trunks, "lr": self.trunk_lr}]
+
+    def set_learning_rates(self) -> None:
+        """Of both groups, for the share of the budget that is spent."""
+        left = 1 - self.progress if self.anneal_lr else 1.0
+        for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
+            group["lr"] = lr * left
+
     def count_optimizer_steps(self, steps: int) -> None:
         """Adds to Lightning's `global_step` what was done without its optimizer wrapper."""
         done = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -96,6 +122,24 @@ class LitAgent(L.LightningModule):
                 write_scalars(logger, metrics, self.frames)
             else:
                 logger.log_metrics(metrics, step=self.frames)
+
+    def state_of_training(self, frames: int, collecting: float, learning: float) -> dict[str, float]:
+        """What every algorithm records: learning rates, the trunk's metrics of its last pass, and speed.
+
+        Args:
+            frames: since the last record, of all processes.
+            collecting: seconds that they took.
+            learning: seconds spent on learning from them.
+        """
+        groups = self.trainer.optimizers[0].param_groups
+        record = {
+            f"train/{name}": group["lr"] for name, group in zip(("lr", "trunk_lr"), groups, strict=True)
+        }
+        record |= {f"trunk/{name}": value.item() for name, value in self.agent.trunk_metrics().items()}
+        record["speed/steps_per_second"] = frames / (collecting + learning)
+        record["speed/collect_steps_per_second"] = frames / collecting
+        record["speed/learn_steps_per_second"] = frames / learning
+        return record
 
     def episode_means(self, episodes: Tensor) -> dict[str, float]:
         """Means over finished episodes ``[K, 3]`` (`EPISODE_STATISTICS`) of all processes; empty if none."""

@@ -143,13 +143,12 @@ class LitDQN(LitAgent):
         latent_targets: bool = False,
         log_frames: int = 1_000,
     ) -> None:
-        super().__init__(total_frames, env.id)
+        super().__init__(env.id, total_frames=total_frames, lr=lr, trunk_lr=trunk_lr, anneal_lr=anneal_lr)
         sizes = {"window": window, "n_step": n_step, "batch_size": batch_size, "log_frames": log_frames}
         check_range(
             sizes | {"updates_per_block": updates_per_block, "exploration_frames": exploration_frames}, 1
         )
-        rates = {"lr": lr, "trunk_lr": trunk_lr, "weight_decay": weight_decay}
-        check_range({"learning_starts": learning_starts} | rates, 0)
+        check_range({"learning_starts": learning_starts, "weight_decay": weight_decay}, 0)
         check_range({"target_update_frames": target_update_frames, "encoder_width": encoder_width}, 1)
         shares = {"gamma": gamma, "beta": beta, "beta_final": beta_final, "priority_eta": priority_eta}
         check_range(shares | {"latent_priority": latent_priority}, 0, 1)
@@ -215,9 +214,6 @@ class LitDQN(LitAgent):
         self.exploration_frames = exploration_frames
         self.beta = (beta, beta_final)
         self.max_grad_norm = max_grad_norm
-        self.lr = lr
-        self.trunk_lr = lr if trunk_lr is None else trunk_lr
-        self.anneal_lr = anneal_lr
         self.weight_decay = weight_decay
         self.log_every = log_frames
         self._logged_at = 0
@@ -241,12 +237,9 @@ class LitDQN(LitAgent):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One of two groups, the second the trunk's: their learning rates are set as frames go by."""
-        trunk = list(self.agent.trunk.parameters())
-        in_trunk = set(map(id, trunk))
-        rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
-        groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)  # Adam, where that is 0
+        return torch.optim.AdamW(  # Adam, where the decay is 0
+            self.parameter_groups(), weight_decay=self.weight_decay, fused=True
+        )
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the replay of `data` cannot hold the windows."""
@@ -276,7 +269,7 @@ class LitDQN(LitAgent):
         super().on_train_start()
         if 0 in gather_list([len(self._replay())]):
             self._replay_began = self.frames
-        self._apply_schedules()  # a checkpoint's optimizer has the rates of the run that made it
+        self.set_learning_rates()  # a checkpoint's optimizer has the rates of the run that made it
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = self.weight_decay
 
@@ -298,7 +291,8 @@ class LitDQN(LitAgent):
             and self.frames // self.target_update_frames > before // self.target_update_frames
         ):
             self._follow(1.0)
-        self._apply_schedules()  # for the steps to come
+        self._apply_exploration()  # for the steps to come
+        self.set_learning_rates()
         self._update_normalization(collected[keys.WINDOWS])
 
         now = time.perf_counter()
@@ -309,12 +303,6 @@ class LitDQN(LitAgent):
         self._ready_at = time.perf_counter()
         if self.frames >= self.total_frames:
             self.trainer.should_stop = True
-
-    def _apply_schedules(self) -> None:
-        """Sets exploration and learning rates for the frames spent."""
-        self._apply_exploration()
-        for group, lr in zip(self.trainer.optimizers[0].param_groups, (self.lr, self.trunk_lr), strict=True):
-            group["lr"] = lr * (1 - self.progress) if self.anneal_lr else lr
 
     def _apply_exploration(self) -> None:
         first, last = self.exploration_rate
@@ -445,15 +433,9 @@ class LitDQN(LitAgent):
                 record[f"train/{key}"] = ((parts * updates).sum() / updates.sum()).item()
             record["train/grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
         record["train/exploration"] = self.agent.exploration_rate
-        for name, group in zip(("lr", "trunk_lr"), self.trainer.optimizers[0].param_groups, strict=True):
-            record[f"train/{name}"] = group["lr"]
         record["replay/windows"] = float(windows)
-        record |= {f"trunk/{name}": value.item() for name, value in self.agent.trunk_metrics().items()}
         record |= self.episode_means(torch.cat(self._finished))
-        collecting, learning = self._since_log["collecting"], self._since_log["learning"]
-        record["speed/steps_per_second"] = frames / (collecting + learning)
-        record["speed/collect_steps_per_second"] = frames / collecting
-        record["speed/learn_steps_per_second"] = frames / learning
+        record |= self.state_of_training(frames, **self._since_log)
         self.log_frames(record)
         self._measured, self._grad_norms, self._finished = [], [], []
         self._since_log = {"collecting": 0.0, "learning": 0.0}

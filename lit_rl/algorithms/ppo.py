@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -115,15 +115,15 @@ class LitPPO(LitAgent):
         log_std: float = 0.0,
         compile_loss: bool = False,
     ) -> None:
-        super().__init__(total_frames, env.id)
+        super().__init__(env.id, total_frames=total_frames, lr=lr, trunk_lr=trunk_lr, anneal_lr=anneal_lr)
         check_range({"num_epochs": num_epochs, "num_minibatches": num_minibatches}, 1)
         check_range({"encoder_width": encoder_width}, 1, 2**16)
         check_range({"gamma": gamma, "gae_lambda": gae_lambda}, 0, 1)
         check_range({"max_grad_norm": max_grad_norm, "target_kl": target_kl}, 0, above=True)
         check_range({"clip": clip, "value_clip": value_clip}, 0, 1e6, above=True)
         check_range({"clip_final": clip_final}, 0, 1e6)
-        check_range({"value_coef": value_coef, "lr": lr, "trunk_lr": trunk_lr}, 0)
-        check_range({"entropy_coef": entropy_coef, "entropy_coef_final": entropy_coef_final}, 0)
+        coefs = {"entropy_coef": entropy_coef, "entropy_coef_final": entropy_coef_final}
+        check_range({"value_coef": value_coef} | coefs, 0)
         check_range({"log_std": log_std}, -20, 20)
         observation_space, action_space = env.spaces()
         if (squash or log_std) and not isinstance(action_space, spaces.Box):
@@ -151,24 +151,13 @@ class LitPPO(LitAgent):
         self.normalize_advantage = normalize_advantage
         self.max_grad_norm = max_grad_norm
         self.target_kl = target_kl
-        self.lr = lr
-        self.trunk_lr = lr if trunk_lr is None else trunk_lr
-        self.anneal_lr = anneal_lr
         self.reward_scale = RewardScale() if normalize_reward else None
         self._return_carry: Tensor | None = None
         self._minibatch_loss = torch.compile(self._loss) if compile_loss else self._loss
         self._ready_at = time.perf_counter()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trunk = [p for module in self.agent.trunks() for p in module.parameters()]
-        in_trunk = set(map(id, trunk))
-        rest = [p for p in self.agent.parameters() if id(p) not in in_trunk]
-        groups = [{"params": rest, "lr": self.lr}, {"params": trunk, "lr": self.trunk_lr}]
-        return torch.optim.Adam(groups, eps=1e-5, fused=True)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Those of the heads and encoder, and of the trunk."""
-        return self.trainer.optimizers[0].param_groups
+        return torch.optim.Adam(self.parameter_groups(), eps=1e-5, fused=True)
 
     def check_data(self, data: L.LightningDataModule) -> None:
         """Raises `UserError` where the rollouts of `data` do not divide into minibatches."""
@@ -197,7 +186,8 @@ class LitPPO(LitAgent):
     def training_step(self, rollout: TensorDict, batch_idx: int) -> None:
         learning_from = time.perf_counter()
         steps_ET = rollout[keys.STEPS]
-        schedule = self._apply_schedules()
+        self.set_learning_rates()
+        schedule = self._schedule()
         self.frames += steps_ET.numel() * self.trainer.world_size
 
         self._add_advantages(steps_ET)
@@ -210,11 +200,9 @@ class LitPPO(LitAgent):
         if self.frames >= self.total_frames:
             self.trainer.should_stop = True
 
-    def _apply_schedules(self) -> dict[str, float]:
-        """Sets learning rates for the share of the budget spent; returns the scheduled coefficients."""
+    def _schedule(self) -> dict[str, float]:
+        """The coefficients of the loss for the share of the budget that is spent."""
         spent = self.progress
-        for group, lr in zip(self._parameter_groups(), (self.lr, self.trunk_lr), strict=True):
-            group["lr"] = lr * (1 - spent) if self.anneal_lr else lr
         (clip, clip_final), (entropy, entropy_final) = self.clip, self.entropy_coef
         return {
             "clip": clip + (clip_final - clip) * spent,
@@ -367,14 +355,8 @@ class LitPPO(LitAgent):
         record["train/explained_variance"] = explained_variance(
             steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
         ).item()
-        for name, group in zip(("lr", "trunk_lr"), self._parameter_groups(), strict=True):
-            record[f"train/{name}"] = group["lr"]
-        # Of the last minibatch.
-        record |= {f"trunk/{name}": value.item() for name, value in self.agent.trunk_metrics().items()}
         record |= self._finished_episodes(steps_ET)
-        record["speed/steps_per_second"] = frames / (collecting + learning)
-        record["speed/collect_steps_per_second"] = frames / collecting
-        record["speed/learn_steps_per_second"] = frames / learning
+        record |= self.state_of_training(frames, collecting, learning)
         self.log_frames(record)
         self._ready_at = time.perf_counter()
 
