@@ -344,14 +344,15 @@ class LitDQN(LitAgent):
         """So many updates, in groups that one lesson serves: while the target network stands still."""
         first, last = self.beta
         beta = first + (last - first) * self.progress
+        fused_loss = self._fused_loss()
         left = self.updates_per_block
         while left:
             updates = min(left, self._updates_a_lesson(replay))
             drawn = replay.sample(updates * self.batch_size, beta=beta)
             drawn = Drawn(*(part.to(self.device) for part in drawn)) if self.device.type != "cpu" else drawn
             lesson = self.loss.lesson(self.target, drawn)
-            fused_loss = self._fused_loss(lesson)
-            predictions = [self._update(batch, fused_loss) for batch in lesson.split(self.batch_size)]
+            fused = fused_loss if fused_loss is not None and fused_loss.takes(lesson) else None
+            predictions = [self._update(batch, fused) for batch in lesson.split(self.batch_size)]
             priority, measured = self.loss.judge(self.agent.head, lesson, predictions)
             replay.update_priority(drawn.at, priority)
             self._measured.append((updates, measured))
@@ -392,8 +393,8 @@ class LitDQN(LitAgent):
     def _predict(self, lesson: Lesson) -> Prediction:
         return self.loss.predict(self.agent, lesson)
 
-    def _fused_loss(self, lesson: Lesson) -> FusedTDLoss | None:
-        """What gives loss and gradients of the lesson's batches at once, where there is such a thing.
+    def _fused_loss(self) -> FusedTDLoss | None:
+        """What gives loss and gradients of a batch at once, where there is such a thing.
 
         It reads weights where they lie, so it is for an optimizer that changes them in place.
         """
@@ -402,7 +403,7 @@ class LitDQN(LitAgent):
                 return None
         if not is_plain_fused_adam(self.trainer.optimizers[0]):
             return None
-        return fused_td_loss(self.agent, lesson, self.loss, self.batch_size)
+        return fused_td_loss(self.agent, self.loss, self.batch_size)
 
     @torch.no_grad()
     def _follow(self, share: float) -> None:

@@ -30,6 +30,14 @@ class FusedTDLoss:
         self._features, self._layers, self._loss, self._head = Features(agent), layers, loss, agent.head
         self._is_clipped = agent.head.error is huber
 
+    def takes(self, lesson: Lesson) -> bool:
+        """Whether it is in float32 and of the shapes it should be: compiled loops check no bounds."""
+        bootstrap = [] if lesson.bootstrap is None else [lesson.bootstrap]
+        floats = [lesson.reward, lesson.discount, lesson.weight, *bootstrap]
+        if not can_be_compiled(lesson.target, *floats) or lesson.target.dtype != torch.float32:
+            return False
+        return all(tensor.shape[:2] == lesson.counts.shape for tensor in (lesson.action, *floats))
+
     def __call__(self, lesson: Lesson) -> Prediction:
         """What `WindowLoss.predict` returns, without a graph; the parameters' gradients set."""
         learnt, layers = self._loss.window - self._loss.loss_steps, self._layers
@@ -54,18 +62,12 @@ class FusedTDLoss:
         return self._features(lesson.seen.observation[:, start:stop].flatten(0, 1).numpy())
 
 
-def fused_td_loss(agent: QNetwork, lesson: Lesson, loss: WindowLoss, batch_size: int) -> FusedTDLoss | None:
-    """For batches of so many windows of a lesson; None where autograd is needed, or no slower."""
-    if type(loss) is not WindowLoss or "predict" in vars(loss) or lesson.seen.latent is not None:
+def fused_td_loss(agent: QNetwork, loss: WindowLoss, batch_size: int) -> FusedTDLoss | None:
+    """For batches of so many windows; None where autograd is needed, or no slower."""
+    if type(loss) is not WindowLoss or "predict" in vars(loss) or loss.latents:
         return None
     steps = loss.loss_steps + loss.n_step - 1 if loss.double else loss.loss_steps
     layers = fused_q_for_learning(agent, batch_size * steps)
     if layers is None or agent.head.error not in (huber, half_squared):
         return None
-    bootstrap = [] if lesson.bootstrap is None else [lesson.bootstrap]
-    floats = [lesson.reward, lesson.discount, lesson.weight, *bootstrap]
-    if not can_be_compiled(lesson.target, *floats) or lesson.target.dtype != torch.float32:
-        return None
-    if any(tensor.shape[:2] != lesson.counts.shape for tensor in (lesson.action, *floats)):
-        return None  # compiled loops check no bounds
     return FusedTDLoss(agent, layers, loss)

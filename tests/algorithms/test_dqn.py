@@ -182,7 +182,7 @@ def test_training_is_the_same_without_autograd(
     model, _, look, records = train(walk(), **options)
     assert len(called) == model.trainer.global_step > 5
     assert not look.online[0].equal(look.online[-1])
-    monkeypatch.setattr(LitDQN, "_fused_loss", lambda self, lesson: None)
+    monkeypatch.setattr(LitDQN, "_fused_loss", lambda self: None)
     other, _, _, others = train(walk(), **options)
     assert len(called) == model.trainer.global_step
     torch.testing.assert_close(parameters(model.agent), parameters(other.agent), atol=1e-4, rtol=1e-3)

@@ -76,10 +76,16 @@ def by_autograd(model: LitDQN, given: Lesson) -> list[Tensor]:
     return told(model._descend(given), model)
 
 
+def fused_loss(model: LitDQN, given: Lesson) -> FusedTDLoss:
+    loss = model._fused_loss()
+    assert loss is not None
+    assert loss.takes(given)
+    return loss
+
+
 def without(model: LitDQN, given: Lesson) -> list[Tensor]:
     model.agent.zero_grad()
-    loss = model._fused_loss(given)
-    assert loss is not None
+    loss = fused_loss(model, given)
     return told(loss(given), model)
 
 
@@ -130,8 +136,7 @@ def test_by_hand() -> None:
     }
     windows = TensorDict({keys.STEPS: TensorDict(steps, [1, 3])}, [1])
     given = model.loss.lesson(model.target, Drawn(windows, torch.tensor([0.5]), torch.zeros(1).long()))
-    loss = model._fused_loss(given)
-    assert loss is not None
+    loss = fused_loss(model, given)
     prediction = loss(given)
     # Targets 1 + 30/2 and 2 + 50/2: errors of 15 and 27, by Huber half less; the weight halves them.
     assert prediction.predicted.tolist() == [[[1.0], [0.0]]]
@@ -145,8 +150,7 @@ def test_by_hand() -> None:
 def test_weights_that_moved_are_seen() -> None:
     model = make()
     given = lesson(model)
-    loss = model._fused_loss(given)
-    assert loss is not None
+    loss = fused_loss(model, given)
     before = loss(given).loss
     with torch.no_grad():
         for parameter in model.agent.parameters():
@@ -162,8 +166,7 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient(reward: float) -> None
     rewards = torch.randn(M, 2)
     rewards[3] = reward
     given = lesson(model, **{keys.REWARD: rewards, keys.HAS_ACTION: torch.ones(M, 2, dtype=torch.bool)})
-    loss = model._fused_loss(given)
-    assert loss is not None
+    loss = fused_loss(model, given)
     assert not loss(given).loss.isfinite()
     assert not any(parameter.grad.isfinite().any() for parameter in model.agent.head.parameters())
 
@@ -291,31 +294,31 @@ NOT_FUSED: dict[str, Callable[[], LitDQN]] = {
 @pytest.mark.parametrize("make_model", NOT_FUSED.values(), ids=NOT_FUSED)
 def test_others_are_left_to_autograd(make_model: Callable[[], LitDQN]) -> None:
     model = make_model()
-    assert model._fused_loss(lesson(model)) is None
+    assert model._fused_loss() is None
 
 
 def test_the_same_without_change_is_fused() -> None:
     model = changed(nothing)
-    assert isinstance(model._fused_loss(lesson(model)), FusedTDLoss)
+    assert isinstance(model._fused_loss(), FusedTDLoss)
 
 
 def test_lessons_in_other_numbers_are_left_to_autograd() -> None:
     model = make(double=False)
     given = lesson(model)
-    assert model._fused_loss(given) is not None
-    assert model._fused_loss(given._replace(reward=given.reward.double())) is None
+    loss = fused_loss(model, given)
+    assert not loss.takes(given._replace(reward=given.reward.double()))
     floats = ("reward", "discount", "weight", "target", "bootstrap")
     wide = {name: getattr(given, name).double() for name in floats}
-    assert model._fused_loss(given._replace(**wide)) is None
+    assert not loss.takes(given._replace(**wide))
 
 
 def test_lessons_of_other_shapes_are_left_to_autograd() -> None:
     """Which broadcasts, or says what is wrong."""
     model = make(window=3, double=False)
     given = lesson(model)
-    assert model._fused_loss(given) is not None
-    assert model._fused_loss(given._replace(weight=given.weight[:, :1])) is None
-    assert model._fused_loss(given._replace(action=given.action[:, :2])) is None
+    loss = fused_loss(model, given)
+    assert not loss.takes(given._replace(weight=given.weight[:, :1]))
+    assert not loss.takes(given._replace(action=given.action[:, :2]))
 
 
 @pytest.mark.parametrize(
@@ -331,4 +334,4 @@ def test_lessons_of_other_shapes_are_left_to_autograd() -> None:
 def test_large_batches_are_left_to_torch(window: int, options: dict[str, Any], is_fused: bool) -> None:
     """More than 2^24 multiplications a layer, with 20 windows of so many steps."""
     model = make(partial(MLP, d_model=256), window=window, **options)
-    assert (model._fused_loss(lesson(model)) is not None) is is_fused
+    assert (model._fused_loss() is not None) is is_fused
