@@ -25,7 +25,8 @@ class AttentionMaps(L.Callback):
     """Draws what a trunk attends to, where it offers `attention_maps` (see `lit_rl.trunks.base`).
 
     It looks over the shoulder of the evaluation that is run anyway: the features that reach the trunk in the
-    first episode of environment 0 are kept, and given to `attention_maps` in one pass when it is over.
+    first episode of environment 0 are kept, and given to `attention_maps` in one pass when it is over. Of an
+    agent that acts on windows, every step's map is of its window.
 
     Args:
         max_steps: of the episode that are drawn, from its start.
@@ -39,11 +40,11 @@ class AttentionMaps(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LitAgent)
-        trunk = pl_module.agent.trunk
-        watched = hasattr(trunk, "attention_maps") and isinstance(trainer.logger, TensorBoardLogger)
+        agent, logger = pl_module.agent, trainer.logger
+        watched = hasattr(agent.trunk, "attention_maps") and isinstance(logger, TensorBoardLogger)
         if watched and trainer.is_global_zero and not trainer.sanity_checking:
             self._features, self._is_over = [], False
-            self._hook = trunk.register_forward_pre_hook(self._keep)
+            self._hook = agent.acting_trunk.register_forward_pre_hook(self._keep)
 
     def _keep(self, trunk: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         x_BTF, _, is_init_BT = inputs
@@ -58,7 +59,7 @@ class AttentionMaps(L.Callback):
             return
         assert isinstance(pl_module, LitAgent)
         assert isinstance(trainer.logger, TensorBoardLogger)
-        trunk: Any = pl_module.agent.trunk
+        trunk: Any = pl_module.agent.acting_trunk
         x_1TF, self._features = torch.cat(self._features, dim=1), []
         is_init_1T = torch.zeros(x_1TF.shape[:2], dtype=torch.bool, device=x_1TF.device)
         with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -103,9 +103,14 @@ class Agent(nn.Module, ABC):
     def trunks(self) -> Iterator[Trunk]:
         yield self.trunk
 
+    @property
+    def acting_trunk(self) -> Trunk:
+        """What is called at every step while acting."""
+        return self.trunk
+
     def initial_state(self, batch_size: int) -> TensorDict:
-        """Memory ``[N]`` at the start of an episode."""
-        return self.trunk.initial_state(batch_size)
+        """Memory ``[N]`` of an agent that acts, at the start of an episode."""
+        return self.acting_trunk.initial_state(batch_size)
 
     def auxiliary_loss(self) -> Tensor | None:
         """The sum of what the trunks ask for beside the algorithm's loss; None if nothing."""

@@ -18,6 +18,7 @@ from lit_rl.models.agent import Agent, TrunkFactory, leaves_no_graph
 from lit_rl.models.encoder import Observation, one_line
 from lit_rl.models.q_heads import QHead
 from lit_rl.models.windowed import Windowed
+from lit_rl.trunks import Trunk
 
 HeadFactory = Callable[[int, int], QHead]
 Exploration = Literal["epsilon_greedy", "softmax"]
@@ -82,9 +83,9 @@ class QNetwork(Agent):
         if acting_window is not None and not self.is_memoryless:
             self.windowed = Windowed(self.trunk, self.encoder.out_features, acting_window)
 
-    def initial_state(self, batch_size: int) -> TensorDict:
-        """Memory ``[N]`` of an agent that acts, at the start of an episode."""
-        return (self.windowed or self.trunk).initial_state(batch_size)
+    @property
+    def acting_trunk(self) -> Trunk:
+        return self.windowed or self.trunk
 
     def forward(
         self, observation: Observation, state: TensorDict, is_init: Tensor
@@ -139,7 +140,7 @@ class QNetwork(Agent):
     ) -> tuple[Tensor, TensorDict]:
         """Latents ``[N, D]`` of observations ``[N, ...]`` while acting, and the memory after them."""
         features = self.encoder(self._normalize(self._add_time(observation)))
-        latent, state = (self.windowed or self.trunk)(features, state, is_init.unsqueeze(1))
+        latent, state = self.acting_trunk(features, state, is_init.unsqueeze(1))
         return latent.squeeze(1), state
 
     def noise(self, *shape: int, generator: Generator | None = None) -> Tensor:

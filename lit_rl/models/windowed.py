@@ -5,6 +5,8 @@ Shapes: B rows, T steps, W steps of the window, F features, D latent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -47,16 +49,36 @@ class Windowed(Trunk):
         )
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        B, T, F = x.shape
-        W, trunk = self.window, self._trunk[0]
-        features = torch.cat([state[FEATURES], x.to(state[FEATURES].dtype)], 1)  # [B, W - 1 + T, F]
-        starts = pad(state[STARTS], (0, T - 1))  # [B, W - 1 + T]
-        starts[:, W - 1 :] |= is_init
-        if T == 1:
-            windows, is_init_in_windows = features, starts
-        else:
-            windows = features.unfold(1, W, 1).transpose(2, 3).reshape(B * T, W, F)
-            is_init_in_windows = starts.unfold(1, W, 1).reshape(B * T, W)
-        y, _ = trunk(windows, trunk.initial_state(B * T), is_init_in_windows)
+        B, T, _ = x.shape
+        features, starts = self._with_past(x, state, is_init)
+        y, _ = self._trunk[0](*self._windows(features, starts))
         past = {FEATURES: features[:, T:], STARTS: pad(starts[:, T:], (0, 1))}
         return y[:, -1].view(B, T, -1), TensorDict(past, batch_size=state.batch_size, device=state.device)
+
+    def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        """``[B, T, T]`` a layer of a trunk that has such maps: what each step takes of those in its window.
+
+        What it takes of steps before the first is left out.
+        """
+        (B, T, _), W = x.shape, self.window
+        trunk: Any = self._trunk[0]
+        maps = trunk.attention_maps(*self._windows(*self._with_past(x, state, is_init)))
+        step = torch.arange(T, device=x.device)[:, None] + torch.arange(W, device=x.device)  # W - 1 too late
+        rows = [attention[:, -1].view(B, T, W) for attention in maps]
+        with_past = [row.new_zeros(B, T, W - 1 + T).scatter(2, step.expand(B, T, W), row) for row in rows]
+        return [attention[..., W - 1 :] for attention in with_past]
+
+    def _with_past(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, W - 1 + T, F]`` and where episodes begin among them."""
+        features = torch.cat([state[FEATURES], x.to(state[FEATURES].dtype)], 1)
+        starts = pad(state[STARTS], (0, x.shape[1] - 1))
+        starts[:, self.window - 1 :] |= is_init
+        return features, starts
+
+    def _windows(self, features: Tensor, starts: Tensor) -> tuple[Tensor, TensorDict, Tensor]:
+        """What the trunk is given: ``[B T, W, F]``, one window a step, from an empty memory."""
+        W = self.window
+        if features.shape[1] > W:
+            features = features.unfold(1, W, 1).transpose(2, 3).flatten(0, 1)
+            starts = starts.unfold(1, W, 1).flatten(0, 1)
+        return features, self._trunk[0].initial_state(len(features)), starts

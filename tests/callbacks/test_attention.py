@@ -9,18 +9,19 @@ import pytest
 import torch
 from helpers import counter, make_trainer, small
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import cli
-from lit_rl.algorithms import LitPPO
-from lit_rl.callbacks import AttentionMaps
-from lit_rl.data import RolloutDataModule
+from lit_rl.algorithms import LitDQN, LitPPO
+from lit_rl.callbacks import AttentionMaps, attention
+from lit_rl.data import ReplayDataModule, RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.models.agent import TrunkFactory
-from lit_rl.trunks import Trunk
+from lit_rl.trunks import GRU, Trunk
 
 torch.set_num_threads(1)
 
@@ -77,6 +78,28 @@ def test_an_image_for_each_evaluation(tmp_path: Path) -> None:
         assert not is_init.any()
     assert len(model.agent.trunk.asked) == 2
     assert not model.agent.trunk._forward_pre_hooks
+
+
+class Remembering(GRU):
+    """Says that it attends to what it is given of the episode, to each step as much as that shows."""
+
+    def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        episode = is_init.cumsum(1)
+        return [(episode[:, :, None] == episode[:, None]).tril() * x[:, None, :, 1]]
+
+
+def test_agents_that_act_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step's row is of the steps that acting saw: its own and the two before, within the episode."""
+    drawn: list[list[list[float]]] = []
+    monkeypatch.setattr(attention, "draw", lambda maps: drawn.append(maps[0].tolist()) or Figure())
+    env = counter(num_envs=2, lengths=[5, 3])
+    model = LitDQN(env, Remembering, total_frames=64, window=3, batch_size=4, learning_starts=0)
+    data = ReplayDataModule(env, frames_per_epoch=32, episodes=6, save_replay=False)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    make_trainer(logger=logger, limit_val_batches=1.0, callbacks=[AttentionMaps()]).fit(model, data)
+    seen = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 2, 0, 0], [0, 1, 2, 3, 0], [0, 0, 2, 3, 4]]
+    assert drawn == [seen, seen]  # an observation is (episode, t)
+    assert not model.agent.acting_trunk._forward_pre_hooks
 
 
 def test_long_episodes_are_cut(tmp_path: Path) -> None:

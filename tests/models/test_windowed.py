@@ -131,3 +131,37 @@ def test_a_memoryless_trunk_is_as_it_was() -> None:
     x, no = torch.randn(2, 6, F), torch.zeros(2, 6, dtype=torch.bool)
     y, _ = windowed(x, windowed.initial_state(2), no)
     torch.testing.assert_close(y, trunk(x, trunk.initial_state(2), no)[0])
+
+
+class Attentive(GRU):
+    """Says that a layer attends to all steps of the episode so far alike, another to the present one."""
+
+    def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
+        episode = is_init.cumsum(1)
+        same = (episode[:, :, None] == episode[:, None]).float().tril()
+        return [same / same.sum(-1, keepdim=True), torch.eye(x.shape[1]).expand(len(x), -1, -1)]
+
+
+def test_attention_is_that_of_each_steps_window() -> None:
+    """Of 3 steps, with a start at the first and the fourth; what is left of the window takes it all."""
+    windowed = Windowed(Attentive(F, d_model=8), F, 3)
+    x, is_init = torch.randn(2, 6, F), torch.zeros(2, 6, dtype=torch.bool)
+    is_init[0, [0, 3]] = True
+    alike, own = windowed.attention_maps(x, windowed.initial_state(2), is_init)
+    third = 1 / 3
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0, 0, 0],
+        [third, third, third, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1 / 2, 1 / 2, 0],
+        [0, 0, 0, third, third, third],
+    ]
+    torch.testing.assert_close(alike[0], torch.tensor(expected))
+    expected[3:] = [[0, third, third, third, 0, 0], [0, 0, third, third, third, 0], [0, 0, 0, *[third] * 3]]
+    torch.testing.assert_close(alike[1], torch.tensor(expected))
+    assert torch.equal(own, torch.eye(6).expand(2, 6, 6))
+
+    _, state = windowed(x[:, :2], windowed.initial_state(2), is_init[:, :2])
+    later, _ = windowed.attention_maps(x[:, 2:], state, is_init[:, 2:])
+    torch.testing.assert_close(later, alike[:, 2:, 2:])
