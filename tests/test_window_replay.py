@@ -216,6 +216,12 @@ def test_a_ring_beyond_memory() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_priorities_beyond_memory() -> None:
+    """Two trees of 2^45 leaves, and as many numbers above them, of 4 bytes."""
+    with pytest.raises(UserError, match=rf"the priorities .* need {2**49 // 2**20} MiB .* lower buffer_size"):
+        WindowReplay(2**45 - 1, alpha=0.5, storage="disk")
+
+
 # ------------------------------------------------------------------ on disk
 
 NONE = windows()

@@ -74,6 +74,13 @@ class WindowReplay:
             ring = LazyMemmapStorage(capacity, scratch_dir=self._scratch.name)
         else:
             ring = LazyTensorStorage(capacity)
+        if self.is_prioritized:
+            need = 2 * 2 * 4 << capacity.bit_length()  # float32: a tree of sums, one of minima
+            if not _fits_memory(need):
+                raise UserError(
+                    f"the priorities of {capacity} windows need {_mib(need)} of memory, which are not free: "
+                    "lower buffer_size"
+                )
         self._sampler = PrioritizedSampler(capacity, alpha, 0.0) if self.is_prioritized else RandomSampler()
         self._generator = torch.Generator().manual_seed(seed)
         self._buffer = ReplayBuffer(storage=ring, sampler=self._sampler, generator=self._generator)
@@ -95,13 +102,11 @@ class WindowReplay:
     def _require_room(self, windows: TensorDictBase) -> None:
         need = windows[0].bytes() * self.capacity
         if self._scratch is None:
-            try:
-                torch.empty(need, dtype=torch.uint8)  # nothing is written there: it costs nothing
-            except RuntimeError as error:
+            if not _fits_memory(need):
                 raise UserError(
                     f"the replay needs {_mib(need)} of memory, which are not free: lower buffer_size, or set "
                     "--data.storage disk"
-                ) from error
+                )
         elif shutil.disk_usage(self._scratch.name).free < need:  # see `save`
             raise UserError(
                 f"the replay needs {_mib(need)} at {self._scratch.name}, which are not free: make room, "
@@ -209,6 +214,15 @@ class WindowReplay:
             "windows": 0 if windows is None else len(windows),
             **shapes,
         }
+
+
+def _fits_memory(size: int) -> bool:
+    """Whether so many bytes are to be had; nothing is written there, so that it costs nothing."""
+    try:
+        torch.empty(size, dtype=torch.uint8)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _leaves(windows: TensorDictBase) -> dict[str, Tensor]:
