@@ -414,6 +414,8 @@ class LitDQN(LitAgent):
             torch._foreach_copy_(theirs, mine)
         else:
             torch._foreach_lerp_(theirs, mine, share)
+        for its, my in zip(self.target.trunk.buffers(), self.agent.trunk.buffers(), strict=True):
+            its.copy_(my)
 
     # ------------------------------------------------------------------ what a block tells
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import Q_HEADS, Records, counter, make_trainer, parameters, walk
+from tensordict import TensorDict
 from torch import Tensor, nn
 
 from lit_rl.algorithms import dqn
@@ -188,6 +189,44 @@ def test_training_is_the_same_without_autograd(
     torch.testing.assert_close(parameters(model.agent), parameters(other.agent), atol=1e-4, rtol=1e-3)
     for key in ("td_loss", "td_error", "q", "grad_norm"):
         assert records.series(f"train/{key}") == pytest.approx(others.series(f"train/{key}"), rel=1e-3), key
+
+
+def test_lessons_that_compiled_loops_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a perceptron, but with weights in float64: autograd learns from them."""
+    sample = WindowReplay.sample
+
+    def in_float64(self: WindowReplay, *args: Any, **options: Any) -> Drawn:
+        drawn = sample(self, *args, **options)
+        return drawn._replace(weight=drawn.weight.double())
+
+    called: list[FusedTDLoss] = []
+    call = FusedTDLoss.__call__
+    monkeypatch.setattr(
+        FusedTDLoss, "__call__", lambda self, lesson: called.append(self) or call(self, lesson)
+    )
+    monkeypatch.setattr(WindowReplay, "sample", in_float64)
+    model, _, look, _ = train(walk(), lr=1e-2)
+    assert not called
+    assert model.trainer.global_step > 5
+    assert not look.online[0].equal(look.online[-1])
+
+
+class Counting(MLP):
+    """Has a buffer that moves: the batches that it has learnt from."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, d_model=8)
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        self.batches += torch.is_grad_enabled()
+        return super().forward(x, state, is_init)
+
+
+@pytest.mark.parametrize("tau", [None, 0.1])
+def test_buffers_of_the_trunk_are_followed(tau: float | None) -> None:
+    model, _, _, _ = train(walk(), Counting, tau=tau, target_update_frames=160)
+    assert model.target.trunk.batches == model.agent.trunk.batches == model.trainer.global_step > 5
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"], ids=["without autograd", "autograd"])
