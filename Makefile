@@ -33,7 +33,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests plugins
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -n 2 tests plugins
+	$(BIN)/python -m pytest -m slow -n 2 -rP tests plugins
 
 check: setup
 	$(BIN)/ruff format --check .

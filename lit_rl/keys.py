@@ -10,7 +10,7 @@ into K sequences each, and the trunk's memory only at the start of each sequence
 - ``terminated``, ``truncated``: how the step ended its episode, if it did
 - ``is_init``: this observation is the first of an episode
 - ``next_value``: V of the true next observation; at a truncation that of the last observation of the
-  ended episode, never of the one after the reset
+  ended episode, never of the one after the reset; 0 where it terminated
 - ``episode_return``, ``episode_length``, ``episode_success``: NaN but where an episode ended (and, for
   success, the environment told)
 

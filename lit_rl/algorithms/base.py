@@ -1,4 +1,4 @@
-"""What every algorithm shares: an agent, a count of environment frames, evaluation, whole checkpoints."""
+"""What every algorithm shares: an agent, a count of frames, learning rates, evaluation, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class LitAgent(L.LightningModule):
 
     `frames` counts the frames of all processes; budgets, schedules and the x axis of every plot are in
     frames (Lightning's `global_step` counts optimizer steps). Training stops when `total_frames` is
-    reached. Random states, frames and the names of trunk and environment are part of the checkpoint.
+    reached. Random states, frames and the names of algorithm, trunk and environment are part of the
+    checkpoint.
 
     Args:
         environment: its name.

@@ -3,7 +3,7 @@
 Where networks are small, autograd's bookkeeping costs more than their arithmetic. The numbers are those of
 `WindowLoss.predict`, to rounding.
 
-Shapes: as in `lit_rl.algorithms.window_loss`; N = M L steps.
+Shapes: as in `lit_rl.algorithms.window_loss`; F features.
 """
 
 from __future__ import annotations

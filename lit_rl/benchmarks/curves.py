@@ -4,6 +4,7 @@
 TensorBoard events and configurations of the runs in one or more folders, prints a table, writes `curve.csv`
 and `curve.png`. ``--metric success`` draws successes in the place of returns. Several seeds are summed up as
 mean, interquartile mean and the 95 % bootstrap interval of the mean (Agarwal et al. 2021, arXiv 2108.13264).
+Columns of training are means over records, each the mean of the episodes that ended in it.
 """
 
 from __future__ import annotations

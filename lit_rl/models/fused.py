@@ -29,7 +29,8 @@ from lit_rl.trunks.mlp import are_layers, suit_one_core
 
 
 class FusedNetwork:
-    """A head on an `MLP`, with the weights that they have now: make one for each rollout or lesson.
+    """A head on an `MLP`, with the weights that they have now: make one for each rollout or turn of
+    learning.
 
     Weights that lie whole in memory are read where they lie, so changes in place are seen.
 
