@@ -142,6 +142,13 @@ class LitAgent(L.LightningModule):
         record["speed/learn_steps_per_second"] = frames / learning
         return record
 
+    def finished(self, steps_ET: TensorDict) -> Tensor:
+        """Statistics ``[K, 3]`` of the episodes that ended in these steps; keeps returns as recent ones."""
+        episodes = torch.stack([steps_ET[key] for key in EPISODE_STATISTICS], -1)
+        episodes = episodes[episodes[..., 0].isfinite()]
+        self.recent_returns.extend(episodes[:, 0].tolist())
+        return episodes
+
     def episode_means(self, episodes: Tensor) -> dict[str, float]:
         """Means over finished episodes ``[K, 3]`` (`EPISODE_STATISTICS`) of all processes; empty if none."""
         told = episodes.isfinite()

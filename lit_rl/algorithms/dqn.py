@@ -20,7 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
+from lit_rl.algorithms.base import LitAgent
 from lit_rl.algorithms.fused_dqn import FusedTDLoss, fused_td_loss
 from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
 from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss
@@ -282,7 +282,7 @@ class LitDQN(LitAgent):
         learning_from = time.perf_counter()
         before, episodes = self.frames, collected[keys.EPISODES]
         self.frames += episodes.numel() * self.trainer.world_size
-        self._keep_finished(episodes)
+        self._finished.append(self.finished(episodes))
         replay = self._replay()
         if self.frames - self._replay_began >= self.learning_starts and self._all_have(replay):
             together(lambda: self._learn(replay))
@@ -418,12 +418,6 @@ class LitDQN(LitAgent):
             its.copy_(my)
 
     # ------------------------------------------------------------------ what a block tells
-
-    def _keep_finished(self, episodes_ET: TensorDict) -> None:
-        episodes = torch.stack([episodes_ET[key] for key in EPISODE_STATISTICS], -1)
-        finished = episodes[episodes[..., 0].isfinite()]
-        self._finished.append(finished)
-        self.recent_returns.extend(finished[:, 0].tolist())
 
     def _log_block(self, windows: int) -> None:
         """One record of the blocks since the last; losses are this process's, episodes those of all."""

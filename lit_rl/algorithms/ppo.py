@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lit_rl import keys
-from lit_rl.algorithms.base import EPISODE_STATISTICS, LitAgent
+from lit_rl.algorithms.base import LitAgent
 from lit_rl.algorithms.fused_ppo import FusedPPOLoss, fused_ppo_loss
 from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
 from lit_rl.data import RolloutDataModule
@@ -355,18 +355,10 @@ class LitPPO(LitAgent):
         record["train/explained_variance"] = explained_variance(
             steps_ET[keys.VALUE], steps_ET[keys.VALUE_TARGET]
         ).item()
-        record |= self._finished_episodes(steps_ET)
+        record |= self.episode_means(self.finished(steps_ET))
         record |= self.state_of_training(frames, collecting, learning)
         self.log_frames(record)
         self._ready_at = time.perf_counter()
-
-    def _finished_episodes(self, steps_ET: TensorDict) -> dict[str, float]:
-        """Means over the episodes that ended in this rollout."""
-        episodes = torch.stack([steps_ET[key] for key in EPISODE_STATISTICS], -1)
-        ended = steps_ET[keys.TERMINATED] | steps_ET[keys.TRUNCATED]
-        episodes = episodes[ended]
-        self.recent_returns.extend(episodes[:, 0].tolist())
-        return self.episode_means(episodes)
 
 
 def select(column_N: Tensor | TensorDict, order: Tensor) -> Tensor | TensorDict:
