@@ -189,6 +189,49 @@ class DiffersWhenCompiled(Good):
         return super().step(x, h, window) + (0.1 if torch.compiler.is_compiling() else 0.0)
 
 
+class DropsOut(Good):
+    def step(self, x, h, window):
+        return super().step(x, torch.dropout(h, 0.5, self.training), window)
+
+
+class CountsWhileLearning(Good):
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x, state, is_init):
+        if self.training:
+            self.passes += 1
+        return super().forward(x, state, is_init)
+
+
+class TruncatesEveryTwentySteps(Good):
+    def forward(self, x, state, is_init):
+        outputs = []
+        for x_part, is_init_part in zip(x.split(20, 1), is_init.split(20, 1), strict=True):
+            y, state = super().forward(x_part, state, is_init_part)
+            state = state.detach() if x_part.shape[1] == 20 else state
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+
+class LosesResetsAtItsOwnBorders(Good):
+    def forward(self, x, state, is_init):
+        is_init = is_init.clone()
+        is_init[:, 32::32] = False
+        return super().forward(x, state, is_init)
+
+
+class ReusesWhatItReturned(Good):
+    def forward(self, x, state, is_init):
+        y, after = super().forward(x, state, is_init)
+        if not torch.is_grad_enabled():
+            if state is getattr(self, "returned", None):
+                state["h"].copy_(after["h"])
+            self.returned = after
+        return y, after
+
+
 class HasPositionalOption(Good):
     def __init__(self, in_features: int, d_model: int = 4) -> None:
         super().__init__(in_features, d_model=d_model)
@@ -249,6 +292,7 @@ CAUGHT = [
     (DropsKey, contract.check_spec, "the returned state is"),
     (FlattensOutput, contract.check_spec, "y is"),
     (WritesIntoState, contract.check_inputs_unchanged, "'h' given is off"),
+    (ReusesWhatItReturned, contract.check_inputs_unchanged, "from a returned state: the 'h' given is off"),
     (WritesIntoFeatures, contract.check_inputs_unchanged, "'x' given is off"),
     (StartsEachPassAnew, contract.check_values_agree, r"T passes of one step against one pass: y .*t="),
     (SeesTheFuture, contract.check_values_agree, "T passes of one step"),
@@ -271,6 +315,10 @@ CAUGHT = [
     (ResetsInTheFuture, contract.check_causal, "changed: y"),
     (HasUnusedParameter, contract.check_every_parameter_learns, "'unused' is zero"),
     (Explodes, contract.check_lengths, "not finite after 600 steps"),
+    (TruncatesEveryTwentySteps, contract.check_lengths, "T=259 in chunks of 37: gradient of"),
+    (LosesResetsAtItsOwnBorders, contract.check_lengths, "T=259 in chunks of 37: y is off"),
+    (DropsOut, contract.check_training_mode, "in evaluation mode: y is off"),
+    (CountsWhileLearning, contract.check_training_mode, "buffer 'passes' is off"),
     (HasUnsavedWeight, platforms.check_state_dict, "round trip"),
     (RollsDice, platforms.check_deterministic, "a second pass"),
     (ReturnsFloat32, platforms.check_float64, "y is torch.float32"),

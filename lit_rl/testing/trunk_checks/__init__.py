@@ -23,6 +23,7 @@ CHECKS: tuple[Check, ...] = (
     contract.check_causal,
     contract.check_every_parameter_learns,
     contract.check_lengths,
+    contract.check_training_mode,
     platforms.check_state_dict,
     platforms.check_deterministic,
     platforms.check_float64,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_rl.testing.trunk_checks.compare import (
     FLOAT32,
+    FLOAT64,
     assert_close,
     assert_gradients_close,
     assert_modes_agree,
@@ -90,21 +91,15 @@ def check_spec(subject: Subject) -> None:
 
 
 def check_inputs_unchanged(subject: Subject) -> None:
-    """Nothing received is changed in place."""
+    """Nothing received is changed in place, be it what an earlier pass returned."""
     trunk = subject.build()
     for name, is_init_BT in reset_patterns().items():
         for chunk in (1, T):
             inputs = inputs_in_flight(trunk, is_init_BT).steps(0, chunk)
-            before = inputs.clone()
             with torch.no_grad():
-                trunk(inputs.x, inputs.state, inputs.is_init)
-            context = f"{name}, T={chunk}, after a pass"
-            now = {"x": inputs.x, "is_init": inputs.is_init, **leaves(inputs.state)}
-            then = {"x": before.x, "is_init": before.is_init, **leaves(before.state)}
-            if now.keys() != then.keys():
-                raise AssertionError(f"{context}: the state given has keys {list(now)}, had {list(then)}")
-            for key, tensor in then.items():
-                assert_close(now[key], tensor, 0.0, f"{context}: the {key!r} given")
+                state = _unchanged_by_a_pass(trunk, inputs, f"{name}, T={chunk}, after a pass")
+                again = replace(inputs, state=state)
+                _unchanged_by_a_pass(trunk, again, f"{name}, T={chunk}, after a pass from a returned state")
 
 
 def check_values_agree(subject: Subject) -> None:
@@ -248,7 +243,7 @@ def check_every_parameter_learns(subject: Subject) -> None:
 
 
 def check_lengths(subject: Subject) -> None:
-    """One step alone, and a long sequence in one pass, in chunks and finite."""
+    """One step alone, and a long sequence in one pass, in chunks and finite; gradients in float64."""
     trunk = subject.build()
     steps = 600
     is_init_BT = torch.zeros(2, steps, dtype=torch.bool)
@@ -260,6 +255,42 @@ def check_lengths(subject: Subject) -> None:
     assert_values_close(values(trunk, inputs, [150] * 4), whole, FLOAT32, f"T={steps} in chunks of 150")
     first = values(trunk, inputs.steps(0, 1), [1])["y"]
     assert_values_close({"y": first}, {"y": whole["y"][:, :1]}, FLOAT32, f"T=1 against T={steps}")
+
+    # A trunk's own chunks begin at multiples of these; those of 37 steps never do.
+    trunk, steps, chunk = subject.build(dtype=torch.float64), 259, 37
+    is_init_BT = torch.zeros(2, steps, dtype=torch.bool)
+    is_init_BT[1, [10, 16, 20, 32, 50, 64, 100, 128, 256]] = True
+    inputs, chunks = inputs_from_start(trunk, is_init_BT), [chunk] * (steps // chunk)
+    for measure, assert_agree in ((values, assert_values_close), (gradients, assert_gradients_close)):
+        found, expected = measure(trunk, inputs, chunks), measure(trunk, inputs, [steps])
+        assert_agree(found, expected, FLOAT64, f"T={steps} in chunks of {chunk}")
+
+
+def check_training_mode(subject: Subject) -> None:
+    """Acting, in evaluation mode, and learning, in training mode, are the same function."""
+    acting, learning = subject.build(), subject.build().train()
+    before = {name: buffer.clone() for name, buffer in learning.named_buffers()}
+    for context, inputs in situations(acting):
+        expected = values(acting, inputs, CHUNKINGS["T passes of one step"])
+        y, state = run(learning, inputs, ONE_PASS)
+        found = {"y": y.detach()} | {f"state {key!r}": leaf.detach() for key, leaf in leaves(state).items()}
+        where = f"{context}, one pass in training mode against T of one step in evaluation mode"
+        assert_values_close(found, expected, FLOAT32, where)
+    for name, buffer in learning.named_buffers():
+        assert_close(buffer, before[name], 0.0, f"after passes in training mode: buffer {name!r}")
+
+
+def _unchanged_by_a_pass(trunk: Trunk, inputs: Inputs, context: str) -> TensorDict:
+    """The state that a pass returns, which changes none of its inputs."""
+    before = inputs.clone()
+    _, state = trunk(inputs.x, inputs.state, inputs.is_init)
+    now = {"x": inputs.x, "is_init": inputs.is_init, **leaves(inputs.state)}
+    then = {"x": before.x, "is_init": before.is_init, **leaves(before.state)}
+    if now.keys() != then.keys():
+        raise AssertionError(f"{context}: the state given has keys {list(now)}, had {list(then)}")
+    for key, tensor in then.items():
+        assert_close(now[key], tensor, 0.0, f"{context}: the {key!r} given")
+    return state
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
