@@ -22,7 +22,7 @@ from torch import Tensor
 from lit_rl import keys
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.algorithms.fused_dqn import FusedTDLoss, fused_td_loss
-from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
+from lit_rl.algorithms.gradients import average_and_clip, backward, is_plain_fused_adam, optimizer_step
 from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss
 from lit_rl.data import ReplayDataModule
 from lit_rl.data.replay import WindowShape
@@ -387,7 +387,7 @@ class LitDQN(LitAgent):
         prediction = self._predict(lesson)
         loss = prediction.loss if prediction.auxiliary is None else prediction.loss + prediction.auxiliary
         # An error that is clipped has a finite gradient even where it is infinite itself.
-        loss.backward(None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
+        backward(loss, None if math.isfinite(loss.item()) else torch.full_like(loss, torch.nan))
         return prediction
 
     def _predict(self, lesson: Lesson) -> Prediction:

@@ -10,6 +10,15 @@ from torch import Tensor
 from lit_rl.models.normalization import reduce_sum, world_size
 
 
+def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
+    """``loss.backward(gradient)`` outside autocast.
+
+    Within, products would be rounded whose forward pass kept out of it: those of heads and memories.
+    """
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward(gradient)
+
+
 def average_and_clip(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Averages gradients over all processes and scales them down to a norm of at most `max_norm`.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_rl import keys
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.algorithms.fused_ppo import FusedPPOLoss, fused_ppo_loss
-from lit_rl.algorithms.gradients import average_and_clip, is_plain_fused_adam, optimizer_step
+from lit_rl.algorithms.gradients import average_and_clip, backward, is_plain_fused_adam, optimizer_step
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
 from lit_rl.errors import UserError, check_range
@@ -267,7 +267,7 @@ class LitPPO(LitAgent):
                     loss, measured, log_ratio_MT = fused_loss(steps_MT, clip, entropy_coef)
                 else:
                     loss, measured, log_ratio_MT = self._minibatch_loss(steps_MT, state_M, clip, entropy_coef)
-                    loss.backward()
+                    backward(loss)
                 grad_norms.append(average_and_clip(parameters, self.max_grad_norm))
                 if not math.isfinite(grad_norms[-1]):
                     raise UserError(self._not_finite(loss, measured))

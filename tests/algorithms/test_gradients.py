@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rl.algorithms.gradients import average_and_clip, optimizer_step
+from lit_rl.algorithms.gradients import average_and_clip, backward, optimizer_step
 
 torch.set_num_threads(1)
 
@@ -46,6 +46,19 @@ def test_the_kernel_alone_takes_adams_steps(
         for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(mine, reference, rtol=0, atol=0)
     torch.testing.assert_close(optimizers[0].state_dict(), optimizers[1].state_dict())
+
+
+def test_gradients_are_as_exact_as_the_pass_was() -> None:
+    """Of what ran outside autocast, though backward is called within it, as Lightning has it."""
+    exact, rounded = net(1), net(1)
+    x = torch.randn(7, 3)
+    exact(x).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            loss = rounded(x).square().sum()
+        backward(loss)
+    for one, other in zip(exact.parameters(), rounded.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
