@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Multiplications from which oneDNN was the quicker, forward and backward.
 LARGE = 2**22
@@ -61,7 +62,9 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if weight.shape[1:] != x.shape[-1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 class _Linear(torch.autograd.Function):

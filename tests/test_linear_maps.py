@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lit_rl import linear_maps
 from lit_rl.trunks import Linear, linear
@@ -77,6 +78,14 @@ def test_functional_transforms_find_torchs_own() -> None:
     x, weight = tensors((200, 128), (256, 128))
     of_weight = torch.func.grad(lambda w: linear(x, w).square().sum())(weight)
     torch.testing.assert_close(of_weight, 2 * F.linear(x, weight).t() @ x, rtol=1e-4, atol=1e-2)
+
+
+@needs_onednn
+def test_forward_mode_goes_the_way_of_torch() -> None:
+    x, weight = tensors((200, 128), (256, 128))
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(linear(forward_ad.make_dual(x.detach(), x.detach()), weight))
+    torch.testing.assert_close(tangent, y)
 
 
 @needs_onednn

@@ -37,7 +37,7 @@ class Windowed(Trunk):
         self.window = window
 
     def initial_state(self, batch_size: int) -> TensorDict:
-        parameter = next(self._trunk[0].parameters())
+        parameter = next(self._trunk[0].parameters(), torch.empty(0))
         past = self.window - 1
         return TensorDict(
             {

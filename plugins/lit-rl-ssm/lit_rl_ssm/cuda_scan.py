@@ -66,7 +66,8 @@ def scan_with(
     d_state = A_EN.shape[1]
     K_E = LOG_OF_NOTHING / A_EN.detach().abs().amin(dim=1)
     longer_BTE = dt_BTE + K_E * is_init_BT[:, :, None]
-    scaled_BTE = u_BTE * (dt_BTE / longer_BTE)
+    # Elsewhere the factor is 1, whatever dt: softplus ends in 0, and 0 / 0 is none.
+    scaled_BTE = torch.where(is_init_BT[:, :, None], u_BTE * (dt_BTE / longer_BTE.clamp_min(INSTANT)), u_BTE)
 
     nothing_BEN = torch.zeros_like(h_BEN)
     each_BNN = torch.eye(d_state, dtype=u_BTE.dtype, device=u_BTE.device).expand(rows, -1, -1)

@@ -24,12 +24,12 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_be_compiled(x, self.weight):
+        if x.shape[-1:] == self.weight.shape and can_be_compiled(x, self.weight):
             return compiled_norm(x, self.weight, self.eps)
         return super().forward(x)
 
     def gated(self, x: Tensor, z: Tensor) -> Tensor:
         """The norm of ``x * silu(z)``."""
-        if can_be_compiled(x, z, self.weight):
+        if x.shape[-1:] == self.weight.shape and x.shape == z.shape and can_be_compiled(x, z, self.weight):
             return compiled_gated_norm(x, z, self.weight, self.eps)
         return super().forward(x * silu(z))

@@ -24,6 +24,16 @@ def test_equals_torch(shape):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_another_width_is_refused():
+    """Not read past its end."""
+    norm, x = RMSNorm(4), torch.ones(2, 6)
+    for call in (lambda: norm(x), lambda: norm.gated(x, x)):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            call()
+    with pytest.raises(RuntimeError, match="must match"):
+        norm.gated(torch.ones(2, 4), torch.ones(2, 3))
+
+
 def test_zeros_stay_zero():
     x = torch.zeros(2, 5, requires_grad=True)
     y = RMSNorm(5)(x)

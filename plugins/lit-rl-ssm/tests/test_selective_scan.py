@@ -196,6 +196,16 @@ def test_a_reset_lengthens_the_step_of_each_channel_by_what_that_channel_needs()
     assert (exponent_E <= needed_E * (1 + 1e-6)).all()
 
 
+def test_a_step_size_of_zero_is_no_division_by_it():
+    """Where softplus underflows."""
+    given = inputs(9, 0.3, torch.float32)
+    with torch.no_grad():
+        given[1][:, ::2] = 0
+    found, expected = (values_and_gradients(scan, given) for scan in (on_stand_in, torch_scan))
+    for name, one, other in zip(NAMES, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_half_precision_is_scanned_in_float32(backend):
     given = inputs(200, 0.02, torch.bfloat16)

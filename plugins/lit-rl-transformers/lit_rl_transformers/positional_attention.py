@@ -48,7 +48,7 @@ class RotaryAttention(WindowAttention):
         qk, v_BTD = self.qkv(x_BTD).split([2 * self.d_model, self.d_model], dim=2)
         turned = rotate(qk.view(*qk.shape[:2], -1, self.head_width), window.rotation).flatten(2)
         q_BTD, k_BTD = turned.chunk(2, dim=2)
-        return q_BTD.to(v_BTD.dtype), torch.cat([k_BTD, v_BTD], dim=2)
+        return q_BTD, torch.cat([k_BTD, v_BTD], dim=2)
 
 
 class RelativeAttention(WindowAttention):
