@@ -62,7 +62,8 @@ class Trunk(nn.Module, ABC):
         Returns:
             ``y [B, T, D]`` and the memory after the last step, with the keys, shapes and dtypes of
             `state`. Nothing received is changed in place. One pass over T steps equals T passes of
-            one step and any chunks in between, values and gradients, whatever `is_init` and `state`.
+            one step and any chunks in between, values and gradients, whatever `is_init` and `state`
+            (of finite numbers), in training mode as in evaluation mode.
         """
 
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
@@ -74,3 +75,36 @@ class Trunk(nn.Module, ABC):
         """
         y, _ = self(x, state, is_init)
         return y[:, -steps:]
+
+    def entries(
+        self, x: Tensor, state: TensorDict, is_init: Tensor, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """The state's entries by key, if they and `is_init` fit: for a trunk to begin its pass with.
+
+        Compiled loops look at no shape, and operations that broadcast take a wrong one for another.
+
+        Args:
+            x: features ``[B, T, F]``, as the pass was given them.
+            state: memory before the first step.
+            is_init: resets.
+            shapes: of each entry of a state, without B.
+
+        Raises:
+            ValueError: `is_init` is not ``[B, T]``, or the state has other entries.
+        """
+        if is_init.shape != x.shape[:2]:
+            raise ValueError(f"is_init is {list(is_init.shape)}, not {list(x.shape[:2])} like x (B, T)")
+        entries: dict[str, Tensor] = dict(state.items())
+        found = {key: tuple(entry.shape) for key, entry in entries.items()}
+        kept = {key: (x.shape[0], *shape) for key, shape in shapes.items()}
+        if found != kept:
+            key = next(key for key in [*kept, *found] if found.get(key) != kept.get(key))
+            raise ValueError(
+                f"the state given has {_named(key, found)}, {type(self).__name__} keeps {_named(key, kept)}: "
+                "pass what initial_state or a former pass of this trunk returned"
+            )
+        return entries
+
+
+def _named(key: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return f"{key!r} {list(shapes[key])}" if key in shapes else f"no {key!r}"

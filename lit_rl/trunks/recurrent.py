@@ -43,6 +43,7 @@ class Recurrent(Trunk):
     def __init__(self, in_features: int, rnn: nn.RNNBase) -> None:
         super().__init__(in_features, out_features=rnn.hidden_size)
         self.rnn = rnn
+        self._shapes = dict.fromkeys(self.state_keys, (rnn.num_layers, rnn.hidden_size))
         for name, parameter in rnn.named_parameters():
             if name.startswith("weight"):
                 nn.init.orthogonal_(parameter)
@@ -72,21 +73,20 @@ class Recurrent(Trunk):
         """
 
     def initial_state(self, batch_size: int) -> TensorDict:
-        shape = (batch_size, self.rnn.num_layers, self.rnn.hidden_size)
-        parameter = next(self.parameters())
-        return TensorDict(
-            {key: parameter.new_zeros(shape) for key in self.state_keys}, batch_size=[batch_size]
-        )
+        zeros = next(self.parameters()).new_zeros
+        state = {key: zeros(batch_size, *shape) for key, shape in self._shapes.items()}
+        return TensorDict(state, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        given = self.entries(x, state, is_init, self._shapes)
         # Outside autocast: a memory rounded to bfloat16 at every step would drift, and one pass would round
         # elsewhere than T passes of one, so that acting and learning disagreed.
         with torch.autocast(x.device.type, enabled=False):
             y = x.to(next(self.parameters()).dtype)
-            entering = [state[key].to(y.dtype) for key in self.state_keys]
+            entering = [given[key].to(y.dtype) for key in self.state_keys]
             entering = [memory.masked_fill(is_init[:, :1, None], 0) for memory in entering]
             y, leaving = self._layers(y, entering, is_init)
-        memory = {key: m.to(state[key].dtype) for key, m in zip(self.state_keys, leaving, strict=True)}
+        memory = {key: m.to(given[key].dtype) for key, m in zip(self.state_keys, leaving, strict=True)}
         return y, TensorDict(memory, batch_size=state.batch_size, device=state.device)
 
     @torch.compiler.disable  # compiling would unroll the kernels over time: minutes, for something slower

@@ -5,7 +5,8 @@
     u  <- u + feedforward_l(norm_ff_l(u))       a SwiGLU, or a mixture of experts    for l = 0 .. L-1
     y   = norm_f(u)
 
-RMSNorm throughout, and no positional encoding: the Mamba layers know the order of steps.
+RMSNorm before each (the released Jamba has more of them inside Mamba), and no positional encoding: the Mamba
+layers know the order of steps.
 
 Shapes: B rows, T time steps, F input features, D = d_model, L layers, E experts.
 """
@@ -20,7 +21,6 @@ from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.mamba import MambaMixer
 from lit_rl_ssm.mamba2 import Mamba2Mixer
 from lit_rl_ssm.norm import RMSNorm
-from lit_rl_ssm.states import entry
 from lit_rl_transformers.attention import WindowAttention
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -173,7 +173,8 @@ class Jamba(Trunk):
         is_init_BT = self.resets(is_init)
         u_BTD = self._embed(x)
         leaving, loads = [], {}
-        for layer, (block, memory) in enumerate(zip(self.layers, self._memories(x, state), strict=True)):
+        memories = self._memories(x, state, is_init)
+        for layer, (block, memory) in enumerate(zip(self.layers, memories, strict=True)):
             u_BTD, memory, load = block(u_BTD, memory, is_init_BT)
             leaving.append(memory)
             if load is not None:
@@ -189,7 +190,7 @@ class Jamba(Trunk):
         """
         is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
-        for block, memory in zip(self.layers, self._memories(x, state), strict=True):
+        for block, memory in zip(self.layers, self._memories(x, state, is_init), strict=True):
             maps.append(block.mixer.attention_map(block.norm(u_BTD), memory, is_init_BT))
             u_BTD, _, _ = block(u_BTD, memory, is_init_BT)
         return maps
@@ -201,12 +202,12 @@ class Jamba(Trunk):
     def _initial_memories(self, batch_size: int) -> list[Memory]:
         return [block.mixer.initial_state(batch_size) for block in self.layers]
 
-    def _memories(self, x_BTF: Tensor, state: TensorDict) -> list[Memory]:
+    def _memories(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Memory]:
         """Each layer's part of the state."""
+        entries = self.entries(x, state, is_init, self._state_shapes)
         memories: list[Memory] = [{} for _ in self.layers]
         for key, (leaf, layers) in self._entries.items():
-            stacked = entry(state, key, (x_BTF.shape[0], *self._state_shapes[key]), self)
-            for layer, part in zip(layers, stacked.unbind(dim=1), strict=True):
+            for layer, part in zip(layers, entries[key].unbind(dim=1), strict=True):
                 memories[layer][leaf] = part
         return memories
 

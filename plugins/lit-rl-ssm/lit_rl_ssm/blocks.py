@@ -13,8 +13,8 @@ Shapes: B rows, T time steps, F input features, D = d_model, M heads of a mixer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from tensordict import TensorDict
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 
 from lit_rl.trunks import Linear, Trunk
 from lit_rl_ssm.norm import RMSNorm
-from lit_rl_ssm.states import entry
 
 # On the CPU a long sequence runs in pieces whose tensors ``[B, T, channels]`` have at most about this many
 # numbers: larger ones are mapped into memory anew for every operation, which costs time of its own.
 PIECE = 2**20
-
-Layer = Callable[[Tensor, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def strict(is_init_BT: Tensor) -> Tensor:
@@ -61,25 +58,36 @@ def require_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, not {size}")
 
 
-class Mixer(Protocol):
-    """A layer over time, an nn.Module of width `d_model`; norm, residual and MLP stand around it.
+class Mixer(nn.Module, ABC):
+    """A layer over time of width `d_model`; norm, residual and MLP stand around it.
 
     It keeps the equality that a trunk keeps, resets included.
+
+    Args:
+        d_model: D.
+        channels: numbers a step in its largest tensors.
     """
 
-    d_model: int
+    def __init__(self, d_model: int, channels: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.channels = channels
 
+    @abstractmethod
     def initial_state(self, batch_size: int) -> dict[str, Tensor]:
         """Zeros ``[B, ...]`` on the device and in the dtype of the parameters."""
 
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+    @abstractmethod
+    def piece(
+        self,
+        x_BTD: Tensor,
+        state: dict[str, Tensor],
+        is_init_BT: Tensor,
+        wanted: slice = slice(None),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``y [B, T, D]`` and the state after the last step."""
+        """The outputs of the `wanted` steps, and the state after all of them, at once."""
 
-    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
-        """``y [B, steps, D]`` of the last steps alone, see `Trunk.last_steps`."""
-
+    @abstractmethod
     def hidden_attention(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
         """``[B, M, T, T]``, what step s (column) of each head's input adds to its output at step t (row).
 
@@ -87,8 +95,32 @@ class Mixer(Protocol):
         out; the state still reaches the map through the convolution.
         """
 
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``y [B, T, D]`` and the state after the last step; on the CPU by pieces of `PIECE` numbers."""
+        at_once = self._steps_at_once(x_BTD)
+        if x_BTD.shape[1] <= at_once:
+            return self.piece(x_BTD, state, is_init_BT)
+        outputs = []
+        for x_BtD, is_init_Bt in zip(x_BTD.split(at_once, 1), is_init_BT.split(at_once, 1), strict=True):
+            y_BtD, state = self.piece(x_BtD, state, is_init_Bt)
+            outputs.append(y_BtD)
+        return torch.cat(outputs, dim=1), state
+
+    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
+        """``y [B, steps, D]`` of the last steps alone, see `Trunk.last_steps`."""
+        if x_BTD.shape[1] > self._steps_at_once(x_BTD):
+            return self(x_BTD, state, is_init_BT)[0][:, -steps:]
+        return self.piece(x_BTD, state, is_init_BT, slice(-steps, None))[0]
+
     def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
-        """``[B, T, T]``, one map for a picture: here `mean_size` of the hidden attention."""
+        """``[B, T, T]``, one map for a picture: `mean_size` of the hidden attention."""
+        return mean_size(self.hidden_attention(x_BTD, state, is_init_BT))
+
+    def _steps_at_once(self, x_BTD: Tensor) -> int:
+        rows, steps, _ = x_BTD.shape
+        return max(1, PIECE // (rows * self.channels)) if x_BTD.is_cpu else steps
 
 
 def mean_size(heads_BMTT: Tensor) -> Tensor:
@@ -96,33 +128,10 @@ def mean_size(heads_BMTT: Tensor) -> Tensor:
     return heads_BMTT.abs().mean(dim=1)
 
 
-def in_pieces(
-    layer: Layer, channels: int, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``layer(x, state, is_init)``, on the CPU by pieces of at most `PIECE` numbers; `channels` a step."""
-    if is_one_piece(channels, x_BTD):
-        return layer(x_BTD, state, is_init_BT)
-    at_once = _steps_at_once(channels, x_BTD)
-    outputs = []
-    for x_BtD, is_init_Bt in zip(x_BTD.split(at_once, 1), is_init_BT.split(at_once, 1), strict=True):
-        y_BtD, state = layer(x_BtD, state, is_init_Bt)
-        outputs.append(y_BtD)
-    return torch.cat(outputs, dim=1), state
-
-
-def is_one_piece(channels: int, x_BTD: Tensor) -> bool:
-    """Whether `in_pieces` takes all steps at once."""
-    return not x_BTD.is_cpu or x_BTD.shape[1] <= _steps_at_once(channels, x_BTD)
-
-
-def _steps_at_once(channels: int, x_BTD: Tensor) -> int:
-    return max(1, PIECE // (x_BTD.shape[0] * channels))
-
-
 class Block(nn.Module):
     """``u + mixer(norm(u))``."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         super().__init__()
         self.norm = RMSNorm(mixer.d_model)
         self.mixer = mixer
@@ -151,7 +160,7 @@ class ResidualTrunk(Trunk):
     """
 
     def __init__(
-        self, in_features: int, make_mixer: Callable[[], nn.Module], *, n_layers: int, reset: str
+        self, in_features: int, make_mixer: Callable[[], Mixer], *, n_layers: int, reset: str
     ) -> None:
         require_sizes(in_features=in_features, n_layers=n_layers)
         resets = resets_by(reset)
@@ -172,7 +181,7 @@ class ResidualTrunk(Trunk):
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         is_init_BT = self.resets(is_init)
-        u_BTD, memories = self._embed(x), self._memories(x, state)
+        u_BTD, memories = self._embed(x), self._memories(x, state, is_init)
         leaving = []
         for block, memory in zip(self.layers, memories, strict=True):
             u_BTD, memory = block(u_BTD, memory, is_init_BT)
@@ -183,7 +192,7 @@ class ResidualTrunk(Trunk):
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
         """See `Trunk`; the last layer's gate and output projection run over these steps only."""
         is_init_BT = self.resets(is_init)
-        u_BTD, memories = self._embed(x), self._memories(x, state)
+        u_BTD, memories = self._embed(x), self._memories(x, state, is_init)
         *lower, last = zip(self.layers, memories, strict=True)
         for block, memory in lower:
             u_BTD, _ = block(u_BTD, memory, is_init_BT)
@@ -194,7 +203,7 @@ class ResidualTrunk(Trunk):
         """For each layer ``[B, M, T, T]``, see `Mixer.hidden_attention`."""
         is_init_BT = self.resets(is_init)
         u_BTD, maps = self._embed(x), []
-        for block, memory in zip(self.layers, self._memories(x, state), strict=True):
+        for block, memory in zip(self.layers, self._memories(x, state, is_init), strict=True):
             maps.append(block.mixer.hidden_attention(block.norm(u_BTD), memory, is_init_BT))
             u_BTD, _ = block(u_BTD, memory, is_init_BT)
         return maps
@@ -207,10 +216,9 @@ class ResidualTrunk(Trunk):
         # The residual sum keeps the parameters' precision under autocast.
         return self.embedding(x_BTF).to(self.norm_f.weight.dtype)
 
-    def _memories(self, x_BTF: Tensor, state: TensorDict) -> list[dict[str, Tensor]]:
+    def _memories(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[dict[str, Tensor]]:
         """Each layer's part of the state."""
-        rows = x_BTF.shape[0]
-        leaves = {key: entry(state, key, (rows, *shape), self) for key, shape in self._state_shapes.items()}
+        leaves = self.entries(x, state, is_init, self._state_shapes)
         return [{key: leaf[:, layer] for key, leaf in leaves.items()} for layer in range(len(self.layers))]
 
 

@@ -27,7 +27,6 @@ from torch.nn.functional import relu
 from lit_rl.trunks import Linear, Trunk, linear
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.dense_scan import dense_scan, norm_bound
-from lit_rl_ssm.states import entry
 
 GAIN = 0.9  # of the orthogonal initial A
 
@@ -85,7 +84,7 @@ class ImprovedSSM(Trunk):
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         is_init_BT = self.resets(is_init)
-        memory_BLN = entry(state, "h", (x.shape[0], *self.A.shape[:2]), self)
+        memory_BLN = self.entries(x, state, is_init, {"h": self.A.shape[:2]})["h"]
         # Outside autocast, as the recurrent trunks: a state rounded at every step would drift.
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = relu(self.input_proj(x.to(self.A.dtype)))

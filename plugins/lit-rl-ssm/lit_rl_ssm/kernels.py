@@ -1,4 +1,4 @@
-"""CUDA kernels of optional packages: which are there, and the ways through those that Mamba-2 uses.
+"""CUDA kernels of optional packages: which are there, and the ways through those of Mamba-2 and convolutions.
 
 A kernel is looked for by itself, since the packages install apart and one may be broken while another works.
 Backend "cuda" demands kernels where a layer is built. What they cannot take when it runs, tensors on the CPU

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from lit_rl.trunks import Linear, linear
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, is_one_piece, mean_size, require_sizes
+from lit_rl_ssm.blocks import Mixer, ResidualTrunk, require_sizes
 from lit_rl_ssm.convolution import causal_convolution
 from lit_rl_ssm.kernels import CAUSAL_CONVOLUTION, kernel_for
 from lit_rl_ssm.selective_scan import hidden_attention, scan_by, selective_scan
@@ -33,7 +33,7 @@ from lit_rl_ssm.softplus import softplus
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the step sizes at the start
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(Mixer):
     """One Mamba layer without norm and residual.
 
     Args:
@@ -58,16 +58,15 @@ class MambaMixer(nn.Module):
         dt_rank: int | Literal["auto"] = "auto",
         backend: Literal["auto", "torch", "cuda"] = "auto",
     ) -> None:
-        super().__init__()
         if isinstance(dt_rank, str) and dt_rank != "auto":
             raise ValueError(f"dt_rank must be auto or a number, not {dt_rank!r}")
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
-        self.d_model = d_model
+        channels = expand * d_model
+        super().__init__(d_model, channels)
         self.scan = scan_by(backend)
         self.convolution_kernel = kernel_for(CAUSAL_CONVOLUTION, backend)
         self.compiled = backend == "auto"
-        channels = expand * d_model
         self.in_proj = Linear(d_model, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
         self.x_proj = Linear(channels, rank + 2 * d_state, bias=False)
@@ -88,24 +87,13 @@ class MambaMixer(nn.Module):
             "ssm": zero(batch_size, d_state, channels).transpose(1, 2),  # laid out as the compiled scan does
         }
 
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
-
-    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
-        if not is_one_piece(self.out_proj.in_features, x_BTD):
-            return self(x_BTD, state, is_init_BT)[0][:, -steps:]
-        return self._piece(x_BTD, state, is_init_BT, slice(-steps, None))[0]
-
-    def _piece(
+    def piece(
         self,
         x_BTD: Tensor,
         state: dict[str, Tensor],
         is_init_BT: Tensor,
         wanted: slice = slice(None),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The outputs of the `wanted` steps, and the state after all of them."""
         x_BTE, z_BTE, conv_BEP = self._convolve(x_BTD, state, is_init_BT)
         dt_BTE, B_BTN, C_BTN = self._select(x_BTE)
         A_EN = -torch.exp(self.A_log)
@@ -120,10 +108,6 @@ class MambaMixer(nn.Module):
         x_BTE, _, _ = self._convolve(x_BTD, state, is_init_BT)
         dt_BTE, B_BTN, C_BTN = self._select(x_BTE)
         return hidden_attention(dt_BTE, -torch.exp(self.A_log), B_BTN, C_BTN, is_init_BT)
-
-    def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
-        """``[B, T, T]``, see `blocks.Mixer.attention_map`."""
-        return mean_size(self.hidden_attention(x_BTD, state, is_init_BT))
 
     def _convolve(
         self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lit_rl.compiled import can_be_compiled
 from lit_rl.trunks import Linear
 from lit_rl_ssm import kernels
-from lit_rl_ssm.blocks import ResidualTrunk, in_pieces, is_one_piece, mean_size, require_sizes
+from lit_rl_ssm.blocks import Mixer, ResidualTrunk, require_sizes
 from lit_rl_ssm.compiled_mamba2_step import compiled_mamba2_step
 from lit_rl_ssm.compiled_ssd import compiled_ssd
 from lit_rl_ssm.convolution import causal_convolution
@@ -48,7 +48,7 @@ class Selected(NamedTuple):
     C_BTN: Tensor
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(Mixer):
     """One Mamba-2 layer without norm and residual.
 
     Args:
@@ -76,7 +76,6 @@ class Mamba2Mixer(nn.Module):
         chunk_size: int = 16,
         backend: Literal["auto", "torch", "cuda"] = "auto",
     ) -> None:
-        super().__init__()
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
         channels = expand * d_model
         if channels % headdim:
@@ -87,7 +86,7 @@ class Mamba2Mixer(nn.Module):
         if not 1 <= chunk_size <= LARGEST_CHUNK:
             raise ValueError(f"chunk_size must be between 1 and {LARGEST_CHUNK}, not {chunk_size}")
         heads = channels // headdim
-        self.d_model = d_model
+        super().__init__(d_model, channels)
         self.scan_kernel = kernels.kernel_for(kernels.CHUNK_SCAN, backend)
         self.convolution_kernel = kernels.kernel_for(kernels.CAUSAL_CONVOLUTION, backend)
         self.compiled = backend == "auto"
@@ -117,7 +116,7 @@ class Mamba2Mixer(nn.Module):
                 now = (x_BTD[:, 0], state, is_init_BT[:, 0])
                 y_BD, state = compiled_mamba2_step(*now, **weights, eps=self.norm.eps)
                 return y_BD[:, None], state
-        return in_pieces(self._piece, self.out_proj.in_features, x_BTD, state, is_init_BT)
+        return super().forward(x_BTD, state, is_init_BT)
 
     def _step_weights(self) -> dict[str, Tensor]:
         """What `compiled_mamba2_step` reads; asked by name, which is quicker than `parameters`."""
@@ -140,19 +139,13 @@ class Mamba2Mixer(nn.Module):
             return False
         return can_be_compiled(x_BTD, *state.values(), *weights.values())
 
-    def last_steps(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor, steps: int) -> Tensor:
-        if not is_one_piece(self.out_proj.in_features, x_BTD):
-            return self(x_BTD, state, is_init_BT)[0][:, -steps:]
-        return self._piece(x_BTD, state, is_init_BT, slice(-steps, None))[0]
-
-    def _piece(
+    def piece(
         self,
         x_BTD: Tensor,
         state: dict[str, Tensor],
         is_init_BT: Tensor,
         wanted: slice = slice(None),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The outputs of the `wanted` steps, and the state after all of them."""
         projected = self.in_proj(x_BTD)
         # Autocast rounds the products around; what memories are made of keeps the parameters' precision.
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -167,10 +160,6 @@ class Mamba2Mixer(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             _, selected, _ = self._select(projected, state, is_init_BT)
             return attention(*selected[1:], is_init_BT)
-
-    def attention_map(self, x_BTD: Tensor, state: dict[str, Tensor], is_init_BT: Tensor) -> Tensor:
-        """``[B, T, T]``, see `blocks.Mixer.attention_map`."""
-        return mean_size(self.hidden_attention(x_BTD, state, is_init_BT))
 
     def _select(
         self, projected: Tensor, state: dict[str, Tensor], is_init_BT: Tensor

@@ -30,7 +30,6 @@ from torch.nn.functional import softplus
 from lit_rl.trunks import Linear, Trunk
 from lit_rl_ssm.blocks import require_sizes, resets_by
 from lit_rl_ssm.selective_scan import scan_by, selective_scan
-from lit_rl_ssm.states import entry
 
 SHORTEST, LONGEST = 2.0, 1000.0  # time constants at the start, in steps
 
@@ -75,7 +74,7 @@ class SimpleSSM(Trunk):
         return TensorDict({"s": s_BN}, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        s_BN = entry(state, "s", (x.shape[0], *self.a_raw.shape), self)
+        s_BN = self.entries(x, state, is_init, {"s": self.a_raw.shape})["s"]
         # Outside autocast, as the recurrent trunks: a state rounded at every step would drift.
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = torch.tanh(self.norm(self.input_proj(x.to(s_BN.dtype))))

@@ -164,8 +164,8 @@ def test_pieces_of_a_long_sequence_join(monkeypatch, numbers):
     expected = values_and_gradients(lambda *i: recurrence(mixer, *i), mixer, *inputs)
     monkeypatch.setattr("lit_rl_ssm.blocks.PIECE", numbers)
     lengths = []
-    piece = mixer._piece
-    monkeypatch.setattr(mixer, "_piece", lambda x, *others: lengths.append(x.shape[1]) or piece(x, *others))
+    piece = mixer.piece
+    monkeypatch.setattr(mixer, "piece", lambda x, *others: lengths.append(x.shape[1]) or piece(x, *others))
     found = values_and_gradients(mixer, mixer, *inputs)
     torch.testing.assert_close(mixer.last_steps(*inputs, 5), mixer(*inputs)[0][:, -5:])
     assert max(lengths) == max(1, numbers // 48)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -78,17 +77,18 @@ class AttentionTrunk(Trunk):
         self.embed = Linear(in_features, attention.d_model)
         self.layers = nn.ModuleList(layers)
         self.last = last
-        self.cache_shape = (attention.memory, 2 * attention.d_model)
         self.cache_keys = tuple(f"kv_{number}" for number in range(len(layers)))
+        cache_shape = (attention.memory, 2 * attention.d_model)
+        self._state_shapes = dict.fromkeys(self.cache_keys, cache_shape) | {"age": ()}
 
     def initial_state(self, batch_size: int) -> TensorDict:
-        weight = self.embed.weight
-        empty = {key: weight.new_zeros(batch_size, *self.cache_shape) for key in self.cache_keys}
-        empty["age"] = weight.new_zeros(batch_size, dtype=torch.int64)
+        zeros = self.embed.weight.new_zeros
+        empty = {key: zeros(batch_size, *shape) for key, shape in self._state_shapes.items()}
+        empty["age"] = empty["age"].long()
         return TensorDict(empty, batch_size=[batch_size])
 
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
-        x_BTD, caches = self._enter(x, state)
+        x_BTD, caches = self._enter(x, state, is_init)
         window = self._window(caches["age"], is_init)
         after = {"age": window.age_after_B}
         for key, layer in self._stack():
@@ -97,7 +97,7 @@ class AttentionTrunk(Trunk):
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """Weights between the steps of the pass, ``[B, T, T]`` a layer: mean over heads, cache left out."""
-        x_BTD, caches = self._enter(x, state)
+        x_BTD, caches = self._enter(x, state, is_init)
         window, maps = self._window(caches["age"], is_init), []
         for key, layer in self._stack():
             maps.append(layer.attention.weights(layer.attention_norm(x_BTD), caches[key], window))
@@ -109,7 +109,7 @@ class AttentionTrunk(Trunk):
         early = x.shape[1] - steps
         if early < 1:
             return super().last_steps(x, state, is_init, steps)
-        x_BTD, caches = self._enter(x, state)
+        x_BTD, caches = self._enter(x, state, is_init)
         *lower, (key, last) = self._stack()
         if lower:
             window = self._window(caches["age"], is_init)
@@ -125,16 +125,8 @@ class AttentionTrunk(Trunk):
         _, first = next(self._stack())
         return first.attention.window(age_B, is_init_BT)
 
-    def _enter(self, x: Tensor, state: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        entries = cast(dict[str, Tensor], dict(state.items()))
-        shapes = {key: tuple(entry.shape) for key, entry in entries.items()}
-        rows = x.shape[0]
-        expected = dict.fromkeys(self.cache_keys, (rows, *self.cache_shape)) | {"age": (rows,)}
-        if shapes != expected:
-            raise ValueError(
-                f"the state holds {shapes}, not {expected}: it is another trunk's, of other options or of "
-                "another number of rows; begin from this trunk's initial_state"
-            )
+    def _enter(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        entries = self.entries(x, state, is_init, self._state_shapes)
         # Under autocast products are rounded; the stream, to which every layer adds, keeps its own precision.
         return self.embed(x).to(self.embed.weight.dtype), entries
 
