@@ -98,13 +98,14 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def newest_whole(root: Path, name: str = "last") -> Path | None:
+def newest_whole(root: Path, name: str = "last", *, versions: str = "**") -> Path | None:
     """A whole checkpoint of the newest run under `root` that has one; None if none has.
 
     `last` is a run's last.ckpt or, where that is damaged, its newest other one; any other name only itself.
+    `versions` is where runs' folders lie: of one name ``*``, since another may be below it, of all ``**``.
     """
     runs: dict[Path, list[tuple[bool, float, Path]]] = {}
-    for path in root.glob("**/checkpoints/*.ckpt"):
+    for path in root.glob(f"{versions}/checkpoints/*.ckpt"):
         runs.setdefault(path.parent, []).append((path.stem == name, path.stat().st_mtime, path))
     for found in sorted(runs.values(), key=lambda found: max(time for _, time, _ in found), reverse=True):
         for is_named, _, path in sorted(found, reverse=True):

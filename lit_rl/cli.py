@@ -132,7 +132,7 @@ class LitRLCLI(LightningCLI):
         self.version: str | None = None
         if self.subcommand == "fit" and self.options.ckpt_path in ("last", "best"):
             run = LOGS / self.options.name
-            found = checkpoints.newest_whole(run, self.options.ckpt_path)
+            found = checkpoints.newest_whole(run, self.options.ckpt_path, versions="*")
             if found is None:
                 say(f"no whole checkpoint under {run}: from the start")
             else:
@@ -156,6 +156,12 @@ class LitRLCLI(LightningCLI):
     def _check_folders(self) -> None:
         if self.subcommand == "fit":
             arguments.check_folder(LOGS / self.options.name)
+            trainer = self.options.trainer
+            if trainer.logger is False and trainer.enable_checkpointing is not False:
+                raise UserError(
+                    "trainer.logger false leaves checkpoints without a folder of their own: set "
+                    "trainer.enable_checkpointing false, too, or keep the logger"
+                )
         for option, subcommand, new in (("video", "test", False), ("output", "predict", True)):
             folder = self.options[option]
             if folder is not None and self.subcommand != subcommand:
@@ -178,12 +184,12 @@ class LitRLCLI(LightningCLI):
         kwargs["enable_progress_bar"] = fits and configured["enable_progress_bar"] is not False
         return super().instantiate_trainer(**kwargs)
 
-    def _logger(self) -> TensorBoardLogger:
+    def _logger(self) -> RunLogger:
         # What a killed run wrote after its checkpoint is seen no more: it is trained again.
         seen = (
             {"purge_step": self.checkpoint.get("frames", 0) + 1} if self.version and self.checkpoint else {}
         )
-        return TensorBoardLogger(LOGS, name=self.options.name, version=self.version, **seen)
+        return RunLogger(LOGS, name=self.options.name, version=self.version, **seen)
 
     def _callbacks(self, configured: Namespace) -> list[L.Callback]:
         if self.subcommand == "predict":
@@ -286,10 +292,29 @@ class LitRLCLI(LightningCLI):
         say(f"{line} ({episodes} {how} episodes of {self.options.env.id}{when})")
 
 
+class RunLogger(TensorBoardLogger):
+    """Claims the folder of its version, so that runs of one name that start together get one each."""
+
+    def _get_next_version(self) -> int:
+        version = super()._get_next_version()
+        while is_first_process():  # the others are told the folder
+            try:
+                Path(self.root_dir, f"version_{version}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                version += 1
+        return version
+
+
 def say(text: str) -> None:
     """Prints, in one of the processes of a run."""
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if is_first_process():
         print(text, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a run that speaks for all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def launched_by_torchrun() -> dict[str, Any]:
@@ -320,8 +345,8 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
         )
     path: Path | None = Path(named["--ckpt_path"])
     if named["--ckpt_path"] in ("last", "best"):
-        root = LOGS / named.get("--name", "")
-        path = checkpoints.newest_whole(root, named["--ckpt_path"])
+        root, versions = (LOGS / named["--name"], "*") if "--name" in named else (LOGS, "**")
+        path = checkpoints.newest_whole(root, named["--ckpt_path"], versions=versions)
         if path is None:
             raise UserError(f"no whole checkpoint under {root}: train one with lit-rl fit, or give its path")
     assert path is not None

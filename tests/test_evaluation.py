@@ -242,9 +242,11 @@ def test_environments_are_closed() -> None:
     assert {id(env) for env in closed} == {id(env) for env in made}
 
 
-def test_pictures() -> None:
+@pytest.mark.parametrize(("most", "pictures"), [(3, 3), (10**6, None)])
+def test_pictures(most: int, pictures: int | None) -> None:
     env = EnvConfig("CartPole-v1", num_envs=2)
     vector = env.make(num_envs=1, render_mode="rgb_array")
-    (episode,) = Episodes(vector, make_agent(env), 1, render=True)
-    assert len(episode.frames) == episode.length
+    (episode,) = Episodes(vector, make_agent(env), 1, render=most)
+    assert len(episode.frames) == episode.length == (pictures or max(4, episode.length))
+    assert pictures or (episode.frames[0] != episode.frames[-1]).any()
     assert all(frame.dtype == np.uint8 and frame.shape[2] == 3 for frame in episode.frames)

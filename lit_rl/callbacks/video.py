@@ -57,6 +57,7 @@ def film(trainer: L.Trainer) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # renderers tell their troubles twice
             [episode] = data.rendered_episode(MAX_FRAMES)
+        return encode_gif(episode.frames)
     except UserError:
         raise
     except Exception as error:
@@ -64,7 +65,6 @@ def film(trainer: L.Trainer) -> bytes:
             f"{data.env.id} cannot be drawn here ({type(error).__name__}: {' '.join(str(error).split())}); "
             "install what its renderer needs"
         ) from error
-    return encode_gif(episode.frames)
 
 
 def encode_gif(frames: list[np.ndarray], fps: int = 30) -> bytes:

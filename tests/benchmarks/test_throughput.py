@@ -62,7 +62,7 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     mine = kept["turns"][0]
     assert sum(mine[share] for share in report.SHARES) == pytest.approx(1.0)
     assert min(mine[share] for share in report.SHARES) >= 0
-    assert 0 < mine["first step"] < 120
+    assert mine["first step"] > 0
     assert len((tmp_path / "out" / "turns.csv").read_text().splitlines()) == 5
     assert (tmp_path / "out" / "throughput.png").read_bytes().startswith(b"\x89PNG")
 

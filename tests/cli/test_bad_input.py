@@ -440,6 +440,10 @@ def test_logs_that_cannot_be_written(refused_fit, tmp_path):
     assert "logs/x is a file, not a folder" in refused_fit("--name=x")
 
 
+def test_checkpoints_without_a_folder_of_their_own(refused_fit):
+    assert "trainer.logger false leaves checkpoints without a folder" in refused_fit("--trainer.logger=false")
+
+
 def test_a_write_protected_folder(refused_fit, tmp_path, monkeypatch):
     # Not by chmod: permissions do not bind every user.
     real = os.access

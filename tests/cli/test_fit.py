@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 import yaml
+from gymnasium.envs.classic_control import CartPoleEnv
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_rl.cli import LitRLCLI
+from lit_rl.cli import LitRLCLI, RunLogger
 
 TRAINING = {
     "episode/return",
@@ -143,6 +145,21 @@ def test_success_where_the_environment_tells(fit, tmp_path):
         assert all(0 <= point.value <= 1 for point in logged.Scalars(tag))
     # An environment that cannot be drawn is no fault of the run.
     assert logged.Tags()["images"] == []
+
+
+def test_a_renderer_that_draws_nothing_is_no_fault_of_the_run(fit, monkeypatch):
+    monkeypatch.setattr(CartPoleEnv, "render", lambda self: None)
+    done = fit()
+    assert done.code == 0, done.err
+    assert "no evaluation video: CartPole-v1 cannot be drawn here (TypeError: " in done.out
+
+
+def test_runs_of_one_name_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
+    # What each sees before any of them has written.
+    monkeypatch.setattr(TensorBoardLogger, "_get_next_version", lambda self: 0)
+    loggers = [RunLogger(tmp_path, name="same") for _ in range(3)]
+    assert [logger.version for logger in loggers] == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.glob("same/*")) == ["version_0", "version_1", "version_2"]
 
 
 def test_a_seed_makes_a_run_reproducible(fit, tmp_path, trained):

@@ -140,13 +140,15 @@ def test_annotations_may_be_for_type_checkers_alone(fit):
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_configuration_trains(path, lit_rl, tmp_path):
     data = yaml.safe_load(path.read_text())["data"]
+    little = ["--env.time_limit=30", "--episodes=1"]
     if data["class_path"] == "RolloutDataModule":
         length = max(64, 2 * (data["init_args"].get("sequence_length") or 1))
-        little = [f"--data.rollout_length={length}", "--model.total_frames=1", "--model.num_epochs=1"]
+        little += [f"--data.rollout_length={length}", "--model.num_epochs=1"]
+        little += ["--data.frames_per_epoch=1", "--model.total_frames=1"]
     else:
-        little = ["--model.total_frames=120", "--model.learning_starts=60", "--model.updates_per_block=1"]
-    always = ["--data.frames_per_epoch=1", "--env.time_limit=30", "--episodes=1"]
-    done = lit_rl("fit", f"--config={path}", *little, *always)
+        little += ["--model.learning_starts=60", "--model.updates_per_block=1"]
+        little += ["--data.frames_per_epoch=60", "--model.total_frames=120"]
+    done = lit_rl("fit", f"--config={path}", *little)
     assert done.code == 0, done.err
     assert "evaluation: return " in done.out
     assert len(list(tmp_path.glob("logs/*/version_0/checkpoints/last.ckpt"))) == 1

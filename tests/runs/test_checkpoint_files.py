@@ -123,5 +123,9 @@ def test_last_falls_back_within_its_run(tmp_path: Path) -> None:
     halve(new / "best.ckpt")
     assert frames(checkpoints.newest_whole(tmp_path)) == 10
     assert checkpoints.newest_whole(tmp_path, "best") is None
+    below = save(tmp_path / "other" / "version_0" / "checkpoints" / "last.ckpt", 50)
+    assert checkpoints.newest_whole(tmp_path) == below
+    assert frames(checkpoints.newest_whole(tmp_path, versions="*")) == 10
+    below.unlink()
     (old / "last.ckpt").rename(old / "last.partial")
     assert checkpoints.newest_whole(tmp_path) is None
