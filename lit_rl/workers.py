@@ -7,7 +7,9 @@ learner and the learner for all, so that every rollout is of the newest weights,
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import re
 import signal
 import tempfile
 import warnings
@@ -92,18 +94,22 @@ class RolloutWorker(RolloutCollector):
         if parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the learner is asked to stop, and stops this
         make = create_env_fn[0] if isinstance(create_env_fn, list) else create_env_fn
-        super().__init__(
-            partial(make, **(create_env_kwargs or {})),
-            policy_factory(),
-            frames_per_batch=frames_per_batch,
-            sequence_length=sequence_length,
-            seed=derived_seed(seed, worker_idx or 0),
-            context=context,
-            postproc=self._share,
-        )
+        self._complaint = None if complaints is None else complaints / f"{worker_idx}"
+        try:
+            super().__init__(
+                partial(make, **(create_env_kwargs or {})),
+                policy_factory(),
+                frames_per_batch=frames_per_batch,
+                sequence_length=sequence_length,
+                seed=derived_seed(seed, worker_idx or 0),
+                context=context,
+                postproc=self._share,
+            )
+        except UserError as error:
+            self._complain(error)
+            raise
         self.worker_idx = worker_idx
         self._use_buffers = use_buffers is not False
-        self._complaints = complaints
         self._shared: TensorDict | None = None  # what the learner reads: filled again with every rollout
 
     def __bool__(self) -> bool:
@@ -113,10 +119,15 @@ class RolloutWorker(RolloutCollector):
         try:
             return super().rollout()
         except UserError as error:
-            if self._complaints is None:
+            if not self._complain(error):
                 raise
-            (self._complaints / f"{self.worker_idx}").write_text(str(error))
             raise EOFError from error  # which TorchRL takes for the end, without a traceback
+
+    def _complain(self, error: UserError) -> bool:
+        """Leaves the reason where the learner looks for it, if there is such a place."""
+        if self._complaint is not None:
+            self._complaint.write_text(str(error))
+        return self._complaint is not None
 
     def _share(self, rollout: TensorDict) -> TensorDict:
         begins = rollout[keys.STEPS, keys.IS_INIT].clone()
@@ -178,14 +189,20 @@ class Workers:
 
     def rollout(self) -> TensorDict:
         """The rollouts of all workers side by side, ``{steps [E, T], trunk_state [E, K]}``."""
-        if self._collector is None:
-            self._start()
-        assert self._collector is not None
+        failure: Exception | None = None
         try:
+            if self._collector is None:
+                self._start()
+            assert self._collector is not None
             self._collector.update_policy_weights_(TensorDict.from_module(self.policy).data.cpu())
             batch = next(self._batches)
         except Exception as error:
-            raise self._reason(error) from error
+            failure = self._reason(error).with_traceback(None)
+        if failure is not None:
+            # What is half built, and the traceback held, stops threads of its own when it goes: an
+            # interpreter that is ending would wait for them for ever.
+            gc.collect()
+            raise failure
         self._frames += self.frames_per_batch
         if batch.dim() > 1:  # Ray's come stacked
             batch = batch.flatten(0, 1)
@@ -220,8 +237,12 @@ class Workers:
         if self._complaints is not None:
             for complaint in Path(self._complaints.name).iterdir():
                 return UserError(complaint.read_text())
-        cause = getattr(error, "cause", None)  # Ray's errors carry the worker's own
-        return UserError(str(cause)) if isinstance(cause, UserError) else error
+        cause = getattr(error, "cause", None)  # Ray's errors carry the worker's own ...
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+        # ... or, of one that could not be built, its traceback.
+        told = re.search(rf"^{UserError.__module__}\.UserError: (.+)$", str(error), re.MULTILINE)
+        return UserError(told[1]) if told else error
 
     # ------------------------------------------------------------------ state, of the form of a collector's
 

@@ -71,13 +71,19 @@ def test_a_run_with_workers_goes_on(tmp_path: Path, launcher: str) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_what_fails_in_a_worker_is_told_in_one_line(tmp_path: Path, launcher: str) -> None:
-    env = ("--env.id=lit_rl/NaN-v0", "--env.kwargs={after: 20}")
+@pytest.mark.parametrize(("after", "frames"), [(20, 64), (-1, None)])
+def test_what_fails_in_a_worker_is_told_in_one_line(
+    tmp_path: Path, after: int, frames: int | None, launcher: str
+) -> None:
+    """While it collects, and while it is built."""
+    env = ("--env.id=lit_rl/NaN-v0", f"--env.kwargs={{after: {after}}}")
     done = fit(tmp_path, *env, f"--data.launcher={launcher}", "--trainer.limit_val_batches=0")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert "observation of environment 0 of lit_rl/NaN-v0 is not finite at step 21" in line
-    assert checkpoints.load(tmp_path / LAST)["frames"] == 64
+    assert f"observation of environment 0 of lit_rl/NaN-v0 is not finite at step {after + 1}" in line
+    assert line.endswith("mend the environment or bound what it returns")
+    last = tmp_path / LAST
+    assert (checkpoints.load(last)["frames"] if last.exists() else None) == frames
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -98,6 +98,33 @@ def check_spaces(env_id: str, observation: gym.Space, action: gym.Space) -> None
     if not isinstance(action, spaces.Discrete):
         supported = "Discrete, flat MultiDiscrete from 0, flat MultiBinary, floating Box"
         raise _unsupported(env_id, "action", "", action, supported)
+
+
+def check_observation(space: gym.Space, observation: Any) -> None:
+    """Raises ValueError where an observation has another form than its space; its bounds are not asked."""
+    if isinstance(space, spaces.Dict):
+        if not isinstance(observation, Mapping) or observation.keys() != space.spaces.keys():
+            keys = list(observation) if isinstance(observation, Mapping) else type(observation).__name__
+            raise ValueError(f"the observation is {keys}, its space has the keys {list(space.spaces)}")
+        for key, part in space.spaces.items():
+            check_observation(part, observation[key])
+        return
+    array = np.asarray(observation)
+    if array.shape != space.shape or array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"the observation is {array.dtype} {list(array.shape)}, its space {list(space.shape or ())}"
+        )
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        most = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        if not ((array >= space.start) & (array < space.start + most)).all():
+            raise ValueError(f"the observation is {observation}, its space {space}")
+
+
+def check_scalars(**values: Any) -> None:
+    """Raises ValueError for a value that is no single number."""
+    for name, value in values.items():
+        if np.ndim(value):
+            raise ValueError(f"{name} has the shape {list(np.shape(value))}, not that of a number")
 
 
 def _unsupported(env_id: str, kind: str, key: str, space: gym.Space, supported: str) -> UserError:

@@ -4,7 +4,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,14 @@ from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from lit_rl.envs.checks import cause_of, is_atari, is_highway, is_minigrid, unknown_id
 from lit_rl.envs.highway import make_highway
 from lit_rl.envs.minigrid import SymbolicView
-from lit_rl.envs.vector import FirstSeed, GuardedEnv, SameStepVectorEnv, StepResult, map_leaves
+from lit_rl.envs.vector import (
+    FirstSeed,
+    GuardedEnv,
+    SameStepVectorEnv,
+    StepResult,
+    env_fault,
+    map_leaves,
+)
 from lit_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,12 +63,16 @@ class _SyncRows(SyncVectorEnv):
                 final[row] = map_leaves(np.copy, obs), info.get("success", np.nan)
                 obs, _ = env.reset()
             observations.append(obs)
-        batch = self._batched(observations)
-        results = np.array(rewards, float), np.array(terminations, bool), np.array(truncations, bool)
-        if not final:
-            return batch, *results, {}
-        last = [final[row][0] if row in final else obs for row, obs in enumerate(observations)]
-        told = {"final_obs": self._batched(last)}
+        try:
+            batch = self._batched(observations)
+            results = np.array(rewards, float), np.array(terminations, bool), np.array(truncations, bool)
+            if not final:
+                return batch, *results, {}
+            last = [final[row][0] if row in final else obs for row, obs in enumerate(observations)]
+            told = {"final_obs": self._batched(last)}
+        except (ValueError, TypeError, KeyError) as exc:
+            first = cast(GuardedEnv, self.envs[0])
+            raise env_fault(exc, first.env_id, "an environment", "step", first.steps) from exc
         success = np.array([final[row][1] if row in final else np.nan for row in range(self.num_envs)])
         if not np.isnan(success).all():
             told["success"] = success
@@ -70,7 +81,10 @@ class _SyncRows(SyncVectorEnv):
     def _batched(self, observations: list[Any]) -> Any:
         space = self.single_observation_space
         if isinstance(space, gym.spaces.Box):
-            return np.array(observations, space.dtype)
+            batch = np.array(observations, space.dtype)
+            if batch.shape != self.observation_space.shape:
+                raise ValueError(f"observations of {list(batch.shape[1:])}, the space is {list(space.shape)}")
+            return batch
         empty: Any = create_empty_array(space, self.num_envs)
         return concatenate(space, observations, empty)
 

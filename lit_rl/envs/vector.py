@@ -24,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from lit_rl.envs.checks import cause_of
+from lit_rl.envs.checks import cause_of, check_observation, check_scalars
 from lit_rl.errors import UserError
 
 Obs = Any  # array [N, ...], or dict of such arrays
@@ -65,6 +65,7 @@ def derived_seed(*numbers: int) -> int:
 class GuardedEnv(gym.Wrapper):
     """One row: an exception names its environment, and `info` is dropped but for the success at the end.
 
+    What the first reset and the first step return is held to the environment's own spaces.
     Vector environments merge the info dictionaries of all rows at every step; dropping them here, before
     they are merged or sent between processes, is what makes an ordinary step cheap.
     """
@@ -76,6 +77,8 @@ class GuardedEnv(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict]:
         try:
             obs, _ = self.env.reset(seed=seed, options=options)
+            if not self.steps:
+                check_observation(self.observation_space, obs)
         except Exception as exc:
             raise env_fault(exc, self.env_id, f"environment {self.index}", "reset", self.steps) from exc
         return obs, {}
@@ -83,18 +86,23 @@ class GuardedEnv(gym.Wrapper):
     def step(self, action: Any) -> tuple[Obs, Any, bool, bool, dict[str, Any]]:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
+            if not self.steps:
+                check_observation(self.observation_space, obs)
+                check_scalars(reward=reward, terminated=terminated, truncated=truncated)
+            if terminated or truncated:
+                told = {key: float(value) for key, value in success_of(info).items()}
+            else:
+                told = {}
         except Exception as exc:
             raise env_fault(exc, self.env_id, f"environment {self.index}", "step", self.steps) from exc
         self.steps += 1
-        if terminated or truncated:
-            return obs, reward, terminated, truncated, success_of(info)
-        return obs, reward, terminated, truncated, {}
+        return obs, reward, terminated, truncated, told
 
 
 def env_fault(exc: Exception, env_id: str, where: str, call: str, steps: int) -> UserError:
-    """The one line for an environment that raised in `call` after `steps` steps."""
+    """The one line for an environment that raised, or returned what it must not, after `steps` steps."""
     return UserError(
-        f"{env_id}: {where} raised in {call}() after {steps} steps ({cause_of(exc)}); "
+        f"{env_id}: {where} failed in {call}() after {steps} steps ({cause_of(exc)}); "
         "the fault is in the environment or its options: fix it, then resume from the last checkpoint"
     )
 

@@ -392,7 +392,7 @@ def finite(path):
     [
         (
             "Fault",
-            "Fault-v0: environment 0 raised in step() after 40 steps (RuntimeError: the simulator fell over)",
+            "Fault-v0: environment 0 failed in step() after 40 steps (RuntimeError: the simulator fell over)",
         ),
         ("NaN", "observation of environment 0 of lit_rl/NaN-v0 is not finite at step 41"),
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
@@ -11,6 +12,7 @@ from lit_rl import keys
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs.gymnasium import _SyncRows
 from lit_rl.envs.vector import FirstSeed, GuardedEnv
+from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import MLP
 
@@ -63,3 +65,77 @@ def test_the_rollout_keeps_the_actions_that_were_taken() -> None:
     action = rollout[keys.STEPS, keys.ACTION]
     assert action.min() >= 0
     assert action.max() < 3
+
+
+class Faulty(gym.Env):
+    """Right until step `at`, which returns what it is told."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, space: gym.Space, right: Any, wrong: dict[str, Any], at: int) -> None:
+        self.observation_space, self.right, self.wrong, self.at, self.t = space, right, wrong, at, 0
+
+    def reset(self, **_: Any) -> tuple[Any, dict]:
+        return self.wrong.get("obs", self.right) if self.at == 0 else self.right, {}
+
+    def step(self, action: int) -> tuple[Any, Any, Any, Any, dict]:
+        self.t += 1
+        told = {"obs": self.right, "reward": 1.0, "terminated": False, "truncated": False, "info": {}}
+        obs, reward, terminated, truncated, info = (told | (self.wrong if self.t == self.at else {})).values()
+        return obs, reward, terminated, truncated, info
+
+
+BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
+PAIR = gym.spaces.Dict({"a": BOX, "b": gym.spaces.Discrete(3)})
+ZEROS = np.zeros(2, np.float32)
+SHAPES = [
+    (
+        BOX,
+        ZEROS,
+        {"obs": np.zeros(3)},
+        0,
+        r"reset\(\) after 0 .*observation is float64 \[3\], its space \[2\]",
+    ),
+    (BOX, ZEROS, {"obs": {"a": 1}}, 0, "observation is object"),
+    (BOX, ZEROS, {"obs": np.zeros((2, 1))}, 1, r"step\(\) after 0 .*\[2, 1\], its space \[2\]"),
+    (BOX, ZEROS, {"obs": np.zeros(3)}, 2, r"step\(\) after 2 .*observations of \[3\], the space is \[2\]"),
+    (BOX, ZEROS, {"reward": np.ones(1)}, 1, r"reward has the shape \[1\], not that of a number"),
+    (BOX, ZEROS, {"terminated": np.zeros(1, bool)}, 1, r"terminated has the shape \[1\]"),
+    (BOX, ZEROS, {"reward": "much"}, 2, "could not convert string to float"),
+    (BOX, ZEROS, {"truncated": True, "info": {"success": "yes"}}, 2, "could not convert string to float"),
+    (
+        PAIR,
+        {"a": ZEROS, "b": 2},
+        {"obs": {"a": ZEROS}},
+        0,
+        r"is \['a'\], its space has the keys \['a', 'b'\]",
+    ),
+    (PAIR, {"a": ZEROS, "b": 2}, {"obs": ZEROS}, 0, "observation is ndarray, its space has the keys"),
+    (
+        PAIR,
+        {"a": ZEROS, "b": 2},
+        {"obs": {"a": ZEROS, "b": 3}},
+        0,
+        r"observation is 3, its space Discrete\(3\)",
+    ),
+    (PAIR, {"a": ZEROS, "b": 2}, {"obs": {"a": ZEROS}}, 2, "KeyError"),
+]
+
+
+@pytest.mark.parametrize(("space", "right", "wrong", "at", "message"), SHAPES)
+def test_what_does_not_keep_its_own_spaces_is_named(space, right, wrong, at, message) -> None:
+    """In one line, at the first step or where an array of all rows cannot be made."""
+    faulty = Faulty(space, right, wrong, at)
+    make = [lambda: GuardedEnv(faulty, "Faulty-v0", 0)]
+    env = FirstSeed(_SyncRows(make, autoreset_mode=AutoresetMode.SAME_STEP))
+    with pytest.raises(UserError, match=message) as fault:
+        reset_and_step(env)
+    assert str(fault.value).startswith("Faulty-v0: ")
+    assert "\n" not in str(fault.value)
+    assert faulty.t == at
+
+
+def reset_and_step(env: FirstSeed) -> None:
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(np.zeros(1, np.int64))

@@ -236,7 +236,7 @@ def test_an_error_in_one_ends_both(tmp_path: Path, culprit: int) -> None:
     done = launch(tmp_path, [*LIT_RL, *OPTIONS, *DDP, f"--env.wrappers={wrapper}"])
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line]
-    assert line.startswith("lit-rl: error: CartPole-v1: environment 0 raised in step() after 40 steps")
+    assert line.startswith("lit-rl: error: CartPole-v1: environment 0 failed in step() after 40 steps")
     assert "this one is broken" in line
     assert checkpoints.load(tmp_path / LAST)["frames"] == 2 * FRAMES
 
