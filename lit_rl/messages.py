@@ -21,7 +21,7 @@ CLASSES = {
     "model.head": "ExpectedQ, CategoricalQ or QuantileQ",
 }
 # Options that a class has and no command takes: other sections say what they are.
-GIVEN = ("env", "in_features", "seed", "episodes", "greedy")
+GIVEN = ("env", "in_features", "features", "num_actions", "seed", "episodes", "greedy")
 
 _UNKNOWN = re.compile(
     r"(?:[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|"
@@ -32,6 +32,10 @@ _VALUE = r"(?:.(?!Subtypes: ))*?Given value: ?(.*?)(?: - Expected .*| Given valu
 _CAUSES = [
     (re.compile(pattern), form)
     for pattern, form in (
+        (
+            r"()got NestedArg\(key='([\w.]+)'",
+            "{where}: name the class first, --{where} NAME --{where}.{value} ...",
+        ),
         (
             r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])\. Got value: ?(.*?)"
             r"(?:\.? (?:Got value|Given value|- Expected).*)?$",

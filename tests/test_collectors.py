@@ -312,6 +312,7 @@ def test_state_dict() -> None:
     for other in (resumed, twin):
         other.load_state_dict(saved)
         assert other.state_dict()["frames"] == 64
+        assert other.state_dict()["steps"] == saved["steps"] == 32  # which errors name
         assert torch.equal(other.state_dict()["generator"], saved["generator"])
     after, again = collect(resumed, 1), collect(twin, 1)
     assert torch.equal(column(after, keys.OBSERVATION), column(again, keys.OBSERVATION))

@@ -218,6 +218,19 @@ def test_the_streams_are_what_the_script_says() -> None:
     assert len(kinds) == 4
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"stride": 5}, "stride is 5: it must be at least 1 and at most 4"),
+        ({"unlearnt": 4}, "unlearnt is 4: it must be at least 0 and at most 3"),
+        ({"lookahead": 0}, "lookahead is 0: it must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        collector_of(agent_of(), [[(1000, "terminated")]], **(shape_of(4) | sizes))
+
+
 @pytest.mark.parametrize(("window", "stride"), [(4, 1), (4, 3), (5, 5)])
 def test_every_acted_step_is_learnt_from_as_often_as_it_should(window: int, stride: int) -> None:
     """Adjacent windows have each step once; a stride of 1 has it `window` times; ends of the run aside."""

@@ -13,6 +13,7 @@ Shapes: N rows, V vehicles observed, F features.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from lit_rl.benchmarks.measure import check_csv, markdown, write_csv
 from lit_rl.envs import EnvConfig
 from lit_rl.envs.gymnasium import register_package
 from lit_rl.envs.highway import LANE_WIDTH, HighwayPort
+from lit_rl.errors import UserError
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # observations [N, V, F] -> actions [N]
 POOL_ROWS = 60
@@ -248,7 +250,7 @@ def from_the_same_start(env_id: str, name: str, episodes: int, seed: int, mirror
     return {"policy": name, "EnvPool": told, "episodes": episodes, "steps": steps} | others
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--id", default="highway-fast-v0", choices=["highway-fast-v0", "highway-v0"])
     parser.add_argument("--episodes", type=int, default=120, help="of each policy, with highway-env")
@@ -258,7 +260,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, help="where the table of episodes is kept")
     arguments = parser.parse_args()
-    check_csv(arguments.csv)
+    try:
+        check_csv(arguments.csv)
+    except UserError as error:
+        print(f"highway_agreement: error: {error}", file=sys.stderr)
+        return 2
 
     if arguments.pairs:
         pairs = [
@@ -280,7 +286,8 @@ def main() -> None:
         print(markdown([readable(row) for row in pair]), flush=True)
     if arguments.csv is not None and rows:
         write_csv(arguments.csv, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

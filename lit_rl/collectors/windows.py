@@ -25,6 +25,7 @@ from tensordict import TensorDict
 from lit_rl import keys
 from lit_rl.collectors.base import Arrays, EnvCollector, observation_buffer, to_tensor
 from lit_rl.envs.vector import map_leaves
+from lit_rl.errors import check_range
 from lit_rl.models.q_network import QNetwork
 
 
@@ -39,8 +40,8 @@ class WindowCollector(EnvCollector):
         policy: the Q-network that acts, on its own device.
         window: steps of a window that are learnt from.
         lookahead: steps that follow them, to bootstrap from.
-        stride: steps from the start of one window to the next: `window` makes them adjacent, less makes
-            them overlap.
+        stride: steps from the start of one window to the next: `window`, the most, makes them adjacent, less
+            makes them overlap.
         unlearnt: first steps of a window without loss; windows with no action behind them are left out.
         frames_per_batch: frames a batch, E * T.
         total_frames: where iteration ends; -1 never.
@@ -50,7 +51,7 @@ class WindowCollector(EnvCollector):
         context: entered around every policy call, for example mixed precision.
 
     Raises:
-        UserError: sizes do not divide, or an environment fails or returns what is not finite.
+        UserError: sizes do not divide or fit, or an environment fails or returns what is not finite.
     """
 
     policy: QNetwork
@@ -71,6 +72,9 @@ class WindowCollector(EnvCollector):
         seed: int = 0,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
+        check_range({"window": window, "lookahead": lookahead}, 1)
+        check_range({"stride": stride}, 1, window)
+        check_range({"unlearnt": unlearnt}, 0, window - 1)
         super().__init__(
             create_env_fn,
             policy,
@@ -89,7 +93,7 @@ class WindowCollector(EnvCollector):
         """The last steps of each stream, ``[E, C, ...]``: what windows still need, and room for more."""
         E = self.env.num_envs
         self._room = 2 * self.num_steps  # every step may be a truncation
-        C = self.window + self.lookahead + max(self.stride, 4 * self._room)
+        C = self.window + self.lookahead + 4 * self._room
 
         self._observation = observation_buffer(self.env.single_observation_space, (E, C))
         self._stream: dict[str, np.ndarray] = {

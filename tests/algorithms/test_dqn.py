@@ -379,25 +379,6 @@ def test_observations_that_are_not_finite_are_not_learnt_from() -> None:
     assert looks[0].online[-1].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"window": 4, "burn_in": 4}, "burn_in is 4"),
-        ({"window": 4, "burn_in": 2, "loss_steps": 3}, "loss_steps is 3"),
-        ({"window": 4, "loss_steps": 0}, "loss_steps is 0"),
-        ({"latent_priority": 0.5}, "latents"),
-        ({"latent_targets": True}, "latents"),
-        ({"exploration_initial": 1.5}, "exploration_initial is 1.5"),
-        ({"tau": 0.0}, "tau is 0.0"),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=named) as error:
-        LitDQN(counter(), MLP, **options)
-    assert "\n" not in str(error.value)
-
-
 def test_a_temperature_may_be_above_one() -> None:
     assert LitDQN(counter(), MLP, exploration="softmax", exploration_initial=5.0)
 

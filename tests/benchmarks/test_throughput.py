@@ -135,6 +135,7 @@ def test_what_has_no_peer(tmp_path: Path, config: str, changes: dict, message: s
         (["throughput"], "CONFIG"),
         (["throughput", "nowhere.yaml"], "no configuration nowhere.yaml"),
         (["throughput", str(CARTPOLE), "--pairs", "0"], "above 0"),
+        (["throughput", str(CARTPOLE), "--out", str(CARTPOLE)], "is a file, not a folder"),
         (["throughput", str(CARTPOLE), "--peer", "cleanrl"], "invalid choice"),
     ],
 )

@@ -24,6 +24,11 @@ def test_unknown_trunk(refused_fit, refused, tmp_path):
     assert expected in refused("fit", "--model.trunk.help=grru")
 
 
+def test_options_of_a_class_that_is_not_named(refused):
+    line = refused("fit", "--model.trunk.d_model", "8")
+    assert "model.trunk: name the class first, --model.trunk NAME --model.trunk.d_model ..." in line
+
+
 @pytest.fixture
 def plugins(tmp_path_factory, monkeypatch):
     """A package with broken trunks and one whose trunk bears a name of another's."""

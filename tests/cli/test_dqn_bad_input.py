@@ -164,6 +164,7 @@ def test_values_out_of_range(make, options, message):
         ("--model.double=x", "model.double takes bool, not x"),
         ("--model.windw=3", "there is no option model.windw, did you mean window?"),
         ("--model.head=x", "model.head"),
+        ("--model.head.dueling=true", "model.head: name the class first, --model.head NAME"),
         ("--data.stride=x", "data.stride takes int or null, not x"),
         ("--data.storage=x", "data.storage takes memory or disk, not x"),
         ("--data.save_replay=x", "data.save_replay takes bool, not x"),
@@ -173,6 +174,11 @@ def test_values_out_of_range(make, options, message):
 )
 def test_wrong_types_and_names(refused_dqn, option, message):
     assert message in refused_dqn(option)
+
+
+def test_options_that_a_head_does_not_have(refused_dqn):
+    line = refused_dqn("--model.head=ExpectedQ", "--model.head.x=1")
+    assert "there is no option model.head.x, but dueling, hidden, loss" in line
 
 
 # ------------------------------------------------------------------ a saved replay

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lit_rl.arguments import check_folder
 from lit_rl.benchmarks.throughput.report import Turn, write
 from lit_rl.errors import UserError
 from lit_rl.messages import CommandParser
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"there is no configuration {config}: name YAML files")
     if arguments.pairs < 1 or arguments.seconds <= 0 or arguments.torch_threads < 1:
         raise UserError("--pairs, --seconds and --torch_threads must be above 0")
+    if arguments.out is not None:
+        check_folder(arguments.out)
     if arguments.only:
         measured = _measure(arguments.only, arguments.configs[0], arguments.seconds, arguments.torch_threads)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a run with several say nothing
