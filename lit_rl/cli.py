@@ -19,7 +19,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_rl import arguments, checkpoints, messages, ranks
@@ -30,6 +29,7 @@ from lit_rl.callbacks import (
     EpisodeWriter,
     EvaluationVideo,
     FrameProgress,
+    RunLogger,
     RunRecord,
     StopOnSignal,
     Stopped,
@@ -292,29 +292,10 @@ class LitRLCLI(LightningCLI):
         say(f"{line} ({episodes} {how} episodes of {self.options.env.id}{when})")
 
 
-class RunLogger(TensorBoardLogger):
-    """Claims the folder of its version, so that runs of one name that start together get one each."""
-
-    def _get_next_version(self) -> int:
-        version = super()._get_next_version()
-        while is_first_process():  # the others are told the folder
-            try:
-                Path(self.root_dir, f"version_{version}").mkdir(parents=True)
-                break
-            except FileExistsError:
-                version += 1
-        return version
-
-
 def say(text: str) -> None:
     """Prints, in one of the processes of a run."""
-    if is_first_process():
+    if ranks.is_first():
         print(text, flush=True)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process of a run that speaks for all."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def launched_by_torchrun() -> dict[str, Any]:

@@ -15,6 +15,11 @@ from lit_rl.errors import UserError
 T = TypeVar("T")
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all, as launchers tell it before any of them is connected."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def gather_list(mine: list[Any]) -> list[Any]:
     """The lists of all ranks, in order of rank, as one."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -3,7 +3,7 @@
 from lit_rl.callbacks.attention import AttentionMaps
 from lit_rl.callbacks.episodes import EpisodeWriter
 from lit_rl.callbacks.progress import FrameProgress
-from lit_rl.callbacks.record import RunRecord
+from lit_rl.callbacks.record import RunLogger, RunRecord
 from lit_rl.callbacks.stop import StopOnSignal, Stopped
 from lit_rl.callbacks.video import EvaluationVideo
 
@@ -12,6 +12,7 @@ __all__ = [
     "EpisodeWriter",
     "EvaluationVideo",
     "FrameProgress",
+    "RunLogger",
     "RunRecord",
     "StopOnSignal",
     "Stopped",

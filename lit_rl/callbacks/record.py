@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: configuration, hyper-parameters, learning curve."""
+"""A training run's folder, and what it leaves there: configuration, hyper-parameters, learning curve."""
 
 from __future__ import annotations
 
@@ -11,8 +11,23 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rl.algorithms.base import LitAgent
+from lit_rl.ranks import is_first
 
 CURVES = {"episode/return": "training episodes", "val/return": "evaluation"}
+
+
+class RunLogger(TensorBoardLogger):
+    """Claims the folder of its version, so that runs of one name that start together get one each."""
+
+    def _get_next_version(self) -> int:
+        version = super()._get_next_version()
+        while is_first():  # the others are told the folder
+            try:
+                Path(self.root_dir, f"version_{version}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                version += 1
+        return version
 
 
 class RunRecord(L.Callback):

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_rl.cli import LitRLCLI, RunLogger
+from lit_rl.callbacks import RunLogger
+from lit_rl.cli import LitRLCLI
 
 TRAINING = {
     "episode/return",
