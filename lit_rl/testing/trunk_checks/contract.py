@@ -256,7 +256,7 @@ def check_lengths(subject: Subject) -> None:
     first = values(trunk, inputs.steps(0, 1), [1])["y"]
     assert_values_close({"y": first}, {"y": whole["y"][:, :1]}, FLOAT32, f"T=1 against T={steps}")
 
-    # A trunk's own chunks begin at multiples of these; those of 37 steps never do.
+    # Resets stand where a trunk's own chunks are likely to begin; chunks of 37 steps begin elsewhere.
     trunk, steps, chunk = subject.build(dtype=torch.float64), 259, 37
     is_init_BT = torch.zeros(2, steps, dtype=torch.bool)
     is_init_BT[1, [10, 16, 20, 32, 50, 64, 100, 128, 256]] = True
