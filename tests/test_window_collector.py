@@ -403,6 +403,24 @@ def test_memory_and_latents_are_those_of_one_pass(trunk: str, block: int, shape:
     assert latents.std() > 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"exploration": "softmax"}, {"encoder_width": 5}], ids=str)
+def test_one_call_acts_as_the_agent_does(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and action values of an MLP as one compiled call, against the agent's own pass."""
+    collected = []
+    for may_fuse in (True, False):
+        if not may_fuse:
+            monkeypatch.setattr("lit_rl.collectors.windows.fused_q", lambda _: None)
+        collector = collector_of(agent_of("mlp", **options), with_latent=True)
+        collected.append(torch.cat(collect(collector))[keys.STEPS])
+        assert (collector._fused is not None) == may_fuse
+    by_one_call, by_agent = collected
+    assert (~by_agent[keys.HAS_ACTION]).any()
+    assert len(by_agent[keys.ACTION].unique()) == 3
+    for key in (keys.OBSERVATION, keys.ACTION, keys.REWARD, keys.TERMINATED, keys.IS_INIT, keys.HAS_ACTION):
+        assert torch.equal(by_one_call[key], by_agent[key]), key
+    torch.testing.assert_close(by_one_call[keys.LATENT], by_agent[keys.LATENT], atol=1e-5, rtol=1e-5)
+
+
 def learnt(agent: QNetwork, windows: TensorDict, state: TensorDict | None = None) -> torch.Tensor:
     """Latents ``[W, L, D]`` as a learner finds them."""
     steps = windows[keys.STEPS]

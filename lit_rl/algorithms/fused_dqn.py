@@ -9,26 +9,27 @@ Shapes: as in `lit_rl.algorithms.window_loss`; F features.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
 
 from lit_rl.algorithms.window_loss import Lesson, Prediction, WindowLoss, best
 from lit_rl.compiled import Array, arrays, can_be_compiled
-from lit_rl.models.fused import Features, FusedNetwork, fused_q_for_learning
-from lit_rl.models.q_heads import half_squared, huber
+from lit_rl.models.fused import FusedQNetwork, fused_q_for_learning
+from lit_rl.models.q_heads import ExpectedQ, half_squared, huber
 from lit_rl.models.q_network import QNetwork
 
 
 class FusedTDLoss:
     """Loss and gradients of a batch, where the Q-network is a perceptron."""
 
-    def __init__(self, agent: QNetwork, layers: FusedNetwork, loss: WindowLoss) -> None:
+    def __init__(self, network: FusedQNetwork, loss: WindowLoss, head: ExpectedQ) -> None:
         from lit_rl.compiled.losses import td_loss_and_gradient
 
         self._loss_and_gradient = td_loss_and_gradient
-        self._features, self._layers, self._loss, self._head = Features(agent), layers, loss, agent.head
-        self._is_clipped = agent.head.error is huber
+        self._features, self._layers = network.features, network.layers
+        self._loss, self._head, self._is_clipped = loss, head, head.error is huber
 
     def takes(self, lesson: Lesson) -> bool:
         """Whether it is in float32 and of the shapes it should be: compiled loops check no bounds."""
@@ -67,7 +68,7 @@ def fused_td_loss(agent: QNetwork, loss: WindowLoss, batch_size: int) -> FusedTD
     if type(loss) is not WindowLoss or "predict" in vars(loss) or loss.latents:
         return None
     steps = loss.loss_steps + loss.n_step - 1 if loss.double else loss.loss_steps
-    layers = fused_q_for_learning(agent, batch_size * steps)
-    if layers is None or agent.head.error not in (huber, half_squared):
+    network = fused_q_for_learning(agent, batch_size * steps)
+    if network is None or agent.head.error not in (huber, half_squared):
         return None
-    return FusedTDLoss(agent, layers, loss)
+    return FusedTDLoss(network, loss, cast(ExpectedQ, agent.head))

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
+from torch import Tensor
 
 from lit_rl import keys
 from lit_rl.collectors.base import Arrays, EnvCollector, observation_buffer, to_tensor
 from lit_rl.envs.vector import map_leaves
 from lit_rl.errors import check_range
-from lit_rl.models.q_network import QNetwork
+from lit_rl.models.fused import FusedQNetwork, fused_q
+from lit_rl.models.q_network import QAction, QNetwork
 
 
 class WindowCollector(EnvCollector):
@@ -87,6 +89,7 @@ class WindowCollector(EnvCollector):
         self.lookahead = lookahead
         self.stride = stride
         self.unlearnt = unlearnt
+        self._fused: FusedQNetwork | None = None  # of this batch
         self._allocate(with_state, with_latent)
 
     def _allocate(self, with_state: bool, with_latent: bool) -> None:
@@ -125,6 +128,7 @@ class WindowCollector(EnvCollector):
         at_ET = np.empty((E, T), np.int64)  # of each step in its stream
         with torch.inference_mode(), self.context():
             noises = self.policy.noise(T, E, generator=self.generator).unbind()
+            self._fused = fused_q(self.policy)
             for t in range(T):
                 self._keep_state(every_row)
                 at_ET[:, t] = self._count
@@ -135,12 +139,7 @@ class WindowCollector(EnvCollector):
 
                 map_leaves(put, self._taken_observation, self._current)
                 taken[keys.IS_INIT][:, t] = self._is_init
-                step = self.policy.act(
-                    to_tensor(self._current, self.device),
-                    self._state,
-                    torch.from_numpy(self._is_init).to(self.device),
-                    noise=noises[t],
-                )
+                step = self._act(noises[t])
                 self._state = step.state
                 taken[keys.ACTION][:, t] = step.action.cpu().numpy()
                 if keys.LATENT in taken:
@@ -157,6 +156,13 @@ class WindowCollector(EnvCollector):
         self._frames += E * T
         episodes = {key: torch.from_numpy(array) for key, array in self._episodes.items()}
         return TensorDict({keys.WINDOWS: self.windows(), keys.EPISODES: TensorDict(episodes, [E, T])}, [])
+
+    def _act(self, noise: Tensor) -> QAction:
+        if self._fused is not None:
+            latent, values = self._fused(cast(np.ndarray, self._current))
+            return QAction((values + noise).argmax(-1), latent, self._state)
+        observation, is_init = to_tensor(self._current, self.device), torch.from_numpy(self._is_init)
+        return self.policy.act(observation, self._state, is_init.to(self.device), noise=noise)
 
     def _put(self, at: tuple[np.ndarray, np.ndarray], observation: Arrays, values: dict[str, Any]) -> None:
         """Writes steps into the streams, at the given rows and places."""
@@ -177,11 +183,16 @@ class WindowCollector(EnvCollector):
         nothing = (keys.ACTION, keys.REWARD, keys.TERMINATED, keys.IS_INIT, keys.HAS_ACTION)
         values: dict[str, Any] = dict.fromkeys(nothing, 0)
         if keys.LATENT in self._stream:
-            no_reset = torch.zeros(len(cut), dtype=torch.bool, device=self.device)
-            latent, _ = self.policy.latent(to_tensor(final_obs, self.device), self._state, no_reset)
-            values[keys.LATENT] = latent.float().cpu().numpy()[rows]
+            values[keys.LATENT] = self._latent(final_obs).float().cpu().numpy()[rows]
         self._put((rows, self._count[rows]), map_leaves(lambda array: array[rows], final_obs), values)
         self._count[rows] += 1
+
+    def _latent(self, observation: Arrays) -> Tensor:
+        """Of what follows the last step in the same episode."""
+        if self._fused is not None:
+            return self._fused(cast(np.ndarray, observation))[0]
+        no_reset = torch.zeros(self.env.num_envs, dtype=torch.bool, device=self.device)
+        return self.policy.latent(to_tensor(observation, self.device), self._state, no_reset)[0]
 
     def _keep_state(self, rows: np.ndarray) -> None:
         """The memory before the next step of `rows`, where a window starts there."""
@@ -207,7 +218,7 @@ class WindowCollector(EnvCollector):
         has_action = self._stream[keys.HAS_ACTION].reshape(-1)
         at_WL = at_WL[has_action[at_WL[:, self.unlearnt : self.window]].any(1)]
 
-        def cut(stream: np.ndarray) -> torch.Tensor:
+        def cut(stream: np.ndarray) -> Tensor:
             return torch.from_numpy(stream.reshape(-1, *stream.shape[2:])[at_WL])
 
         observation = map_leaves(cut, self._observation)

@@ -27,6 +27,8 @@ from lit_rl.models.q_network import QNetwork
 from lit_rl.trunks import MLP, Linear, Trunk
 from lit_rl.trunks.mlp import are_layers, suit_one_core
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 class FusedNetwork:
     """A head on an `MLP`, with the weights that they have now: make one for each rollout or turn of
@@ -105,6 +107,19 @@ class FusedActorCritic:
         return torch.from_numpy(self.value_layers(self.features(observation))[-1])
 
 
+class FusedQNetwork:
+    """A `QNetwork` whose trunk is an `MLP` and whose head one linear map."""
+
+    def __init__(self, agent: QNetwork, layers: FusedNetwork) -> None:
+        self.features = Features(agent)
+        self.layers = layers
+
+    def __call__(self, observation: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Latents ``[N, D]`` and action values ``[N, A]`` of observations ``[N, F]``."""
+        *_, latent, values = self.layers(self.features(observation))
+        return torch.from_numpy(latent), torch.from_numpy(values)
+
+
 def fused(agent: ActorCritic) -> FusedActorCritic | None:
     """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
 
@@ -112,7 +127,9 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     something else in the place of a method.
     """
     policy_head = agent.policy
-    if type(agent) is not ActorCritic or not agent.values_can_wait or _is_changed(policy_head):
+    if type(agent) is not ActorCritic or not agent.values_can_wait:
+        return None
+    if _is_changed(agent) or _is_changed(policy_head):
         return None
     if type(policy_head) is Categorical:
         policy = _fuse(agent.encoder, agent.trunk, policy_head.logits)
@@ -140,21 +157,25 @@ def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None
     return networks if learns else None
 
 
-def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedNetwork | None:
-    """Action values ``[N, A]`` of `Features` by an agent as it is now, for updates on so many steps.
+def fused_q(agent: QNetwork) -> FusedQNetwork | None:
+    """Latents and action values of an agent as it is now.
 
-    None for the reasons of `fused_for_learning`, and where the head is more than one linear map or gives more
-    than the expected return.
+    None for the reasons of `fused`, and where the head is more than one linear map or gives more than the
+    expected return.
     """
     head = agent.head
-    if type(agent) is not QNetwork or type(head) is not ExpectedQ or _is_changed(head):
+    if type(agent) is not QNetwork or type(head) is not ExpectedQ or _is_changed(agent) or _is_changed(head):
         return None
-    if head.hidden is not None or head.state_value is not None:
+    if head.hidden is not None or head.state_value is not None or len(head.last.weight) != agent.num_actions:
         return None
     layers = _fuse(agent.encoder, agent.trunk, head.last)
-    if layers is None or len(head.last.weight) != agent.num_actions or not _can_learn(agent, rows, (layers,)):
-        return None
-    return layers
+    return None if layers is None else FusedQNetwork(agent, layers)
+
+
+def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
+    """Like `fused_q`, for updates on so many steps; None also for the reasons of `fused_for_learning`."""
+    network = fused_q(agent)
+    return network if network is not None and _can_learn(agent, rows, (network.layers,)) else None
 
 
 def _can_learn(
@@ -171,7 +192,7 @@ def _can_learn(
         return False
     if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
         return False
-    if _is_changed(agent) or torch.is_anomaly_enabled():
+    if torch.is_anomaly_enabled():
         return False
     return all(
         parameter.requires_grad
@@ -186,7 +207,7 @@ def _is_changed(module: nn.Module) -> bool:
     """Whether somebody listens in on it, or has put something else in the place of a method."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
-    return any(hasattr(type(module), name) for name in vars(module))
+    return any(hasattr(type(module), name) for name in vars(module).keys() - _OF_EVERY_MODULE)
 
 
 def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> FusedNetwork | None:

@@ -1,14 +1,20 @@
 """Perceptrons as one call against the same networks in torch: numbers, who may be fused, whose weights."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from helpers import Q_HEADS, nothing, patched
 from torch import nn
 
 from lit_rl.errors import UserError
 from lit_rl.models.actor_critic import ActorCritic
-from lit_rl.models.fused import fused
+from lit_rl.models.fused import fused, fused_q
+from lit_rl.models.q_heads import ExpectedQ
+from lit_rl.models.q_network import QNetwork
 from lit_rl.trunks import GRU, MLP
 
 BOX = spaces.Box(-1, 1, (3,))
@@ -94,6 +100,12 @@ def hooked() -> ActorCritic:
     return agent
 
 
+def patched_policy() -> ActorCritic:
+    agent = make()
+    patched("", "act")(agent)
+    return agent
+
+
 def half_swapped() -> ActorCritic:
     agent = make()
     agent.value_head = nn.Sequential(agent.value_head)
@@ -142,6 +154,7 @@ OTHERS = {
     "float64": lambda: make().double(),
     "hook": hooked,
     "hooked policy": hooked_policy,
+    "patched action": patched_policy,
     "head": half_swapped,
     "no bias": without_bias,
     "widths": other_widths,
@@ -184,3 +197,81 @@ def test_weights_are_those_of_its_making_or_later() -> None:
     assert after is not None
     torch.testing.assert_close(after.policy(x), in_torch(agent, x)[0])
     assert (after.policy(x) - now).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------ action values
+
+
+def q_network(trunk=MLP, head=ExpectedQ, activation="relu", **options) -> QNetwork:
+    torch.manual_seed(0)
+    options = {"encoder_width": 6, "normalize_observation": True} | options
+    sizes = {"d_model": 8} | ({"n_layers": 2, "activation": activation} if issubclass(trunk, MLP) else {})
+    agent = QNetwork(BOX, ACTIONS["discrete"], lambda F: trunk(F, **sizes), head, **options)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.6)
+    agent.update_normalization(3 * torch.randn(50, 1, 3) + 2)
+    return agent
+
+
+@pytest.mark.parametrize("options", [{}, {"encoder_width": None}, {"normalize_observation": False}], ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_latents_and_action_values_are_those_of_torch(rows, activation, options) -> None:
+    agent = q_network(activation=activation, **options)
+    network = fused_q(agent)
+    assert network is not None
+    observation = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
+    x, is_init = torch.from_numpy(observation).unsqueeze(1), torch.zeros(rows, 1, dtype=torch.bool)
+    with torch.no_grad():
+        values, latent, _ = agent(x, agent.initial_state(rows), is_init)
+    torch.testing.assert_close(network(observation), (latent[:, 0], values[:, 0, :, 0]), atol=2e-5, rtol=1e-5)
+    assert values.std() > 0.1
+
+
+def test_action_values_by_hand() -> None:
+    """relu(2 x1 - x3 + 0.5), relu(x2 - 1); values 1 h1 - h2, 3 h2 + 2."""
+    agent = QNetwork(
+        BOX, spaces.Discrete(2), lambda F: MLP(F, d_model=2, n_layers=1, activation="relu"), ExpectedQ
+    )
+    with torch.no_grad():
+        agent.trunk.layers[0].weight.copy_(torch.tensor([[2.0, 0, -1], [0, 1, 0]]))
+        agent.trunk.layers[0].bias.copy_(torch.tensor([0.5, -1]))
+        agent.head.last.weight.copy_(torch.tensor([[1.0, -1], [0, 3]]))
+        agent.head.last.bias.copy_(torch.tensor([0.0, 2]))
+    network = fused_q(agent)
+    assert network is not None
+    latent, values = network(np.array([[1, 3, 0.5], [0, 0, 4]], np.float32))
+    assert latent.tolist() == [[2, 2], [0, 0]]
+    assert values.tolist() == [[0, 8], [0, 2]]
+
+
+def patched_act(name: str) -> QNetwork:
+    agent = q_network()
+    patched("", name)(agent)
+    return agent
+
+
+def hooked_head() -> QNetwork:
+    agent = q_network()
+    agent.head.register_forward_hook(nothing)
+    return agent
+
+
+OTHER_Q: dict[str, Callable[[], QNetwork]] = {
+    "recurrent": lambda: q_network(GRU),
+    "subclass": lambda: q_network(Doubled),
+    "silu": lambda: q_network(activation="silu"),
+    "float64": lambda: q_network().double(),
+    "dueling": lambda: q_network(head=partial(ExpectedQ, dueling=True)),
+    "hidden layer": lambda: q_network(head=partial(ExpectedQ, hidden=5)),
+    "categorical": lambda: q_network(head=Q_HEADS["categorical"]),
+    "hook on the head": hooked_head,
+    "patched action": lambda: patched_act("act"),
+    "patched latents": lambda: patched_act("latent"),
+}
+
+
+@pytest.mark.parametrize("agent", OTHER_Q.values(), ids=OTHER_Q)
+def test_other_q_networks_are_left_to_torch(agent) -> None:
+    assert fused_q(agent()) is None
