@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 
 USAGE = """\
 usage: lit-rl COMMAND ...
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if "LIT_RL_TRACEBACK" in os.environ:
             raise
-        print(f"lit-rl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused("lit-rl", error)
     return 0
 
 

@@ -1,11 +1,18 @@
 """The one error a user can cause: printed as one line, exit code 2."""
 
 import math
+import sys
 from collections.abc import Mapping
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what, why, and what to do."""
+
+
+def refused(program: str, error: UserError) -> int:
+    """Tells on stderr, in one line, what was wrong; returns the exit code of bad input, 2."""
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def check_range(

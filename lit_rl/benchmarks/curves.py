@@ -21,7 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 
 Points = list[tuple[int, float]]  # environment frames, value
 
@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = read_runs(arguments.runs, arguments.metric)
     except UserError as error:
-        print(f"curves: error: {error}", file=sys.stderr)
-        return 2
+        return refused("curves", error)
     digits = 2 if arguments.metric == "success" else 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "curve.csv").open("w", newline="") as file:

@@ -39,7 +39,7 @@ from lit_rl.benchmarks.measure import (
     random_resets,
     write_csv,
 )
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 from lit_rl.testing import Subject, run_checks
 from lit_rl.testing.trunk_checks.platforms import agrees_with_cpu, exact_products
 from lit_rl.trunks import LSTM
@@ -180,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_csv(arguments.csv)
         rows = check(contenders(arguments.names), "cuda")
     except UserError as error:
-        print(f"gpu_check: error: {error}", file=sys.stderr)
-        return 2
+        return refused("gpu_check", error)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{markdown(rows)}")
     if arguments.csv is not None:
         write_csv(arguments.csv, rows)

@@ -27,7 +27,7 @@ from lit_rl.benchmarks.measure import check_csv, markdown, write_csv
 from lit_rl.envs import EnvConfig
 from lit_rl.envs.gymnasium import register_package
 from lit_rl.envs.highway import LANE_WIDTH, HighwayPort
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # observations [N, V, F] -> actions [N]
 POOL_ROWS = 60
@@ -263,8 +263,7 @@ def main() -> int:
     try:
         check_csv(arguments.csv)
     except UserError as error:
-        print(f"highway_agreement: error: {error}", file=sys.stderr)
-        return 2
+        return refused("highway_agreement", error)
 
     if arguments.pairs:
         pairs = [

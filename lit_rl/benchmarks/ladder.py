@@ -36,7 +36,7 @@ from lit_rl.benchmarks.measure import (
 )
 from lit_rl.data import RolloutDataModule
 from lit_rl.envs import EnvConfig
-from lit_rl.errors import UserError, check_range
+from lit_rl.errors import UserError, check_range, refused
 
 CUES = 4
 NUM_ENVS = 64
@@ -254,8 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [Contender.named(name).with_usual(d_model=D_MODEL) for name in arguments.names]
         run(named, rungs=rungs, seed=arguments.seed, csv=arguments.csv)
     except UserError as error:
-        print(f"ladder: error: {error}", file=sys.stderr)
-        return 2
+        return refused("ladder", error)
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from lit_rl.benchmarks.measure import Contender, check_csv, markdown, state_bytes, write_csv
 from lit_rl.collectors import RolloutCollector
 from lit_rl.envs import EnvConfig
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 from lit_rl.models.actor_critic import ActorCritic
 from lit_rl.trunks import MLP
 
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trunks = [Contender.named(name).with_usual(**USUAL) for name in arguments.names]
         state_sizes = [state_bytes(contender.build(4)) for contender in trunks]
     except UserError as error:
-        print(f"rollout_memory: error: {error}", file=sys.stderr)
-        return 2
+        return refused("rollout_memory", error)
     if arguments.only:
         print(rise(trunks[0]))
         return 0

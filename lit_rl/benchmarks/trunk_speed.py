@@ -34,7 +34,7 @@ from lit_rl.benchmarks.measure import (
     random_resets,
     write_csv,
 )
-from lit_rl.errors import UserError
+from lit_rl.errors import UserError, refused
 from lit_rl.trunks import Trunk
 
 B, D_MODEL = 8, 128
@@ -120,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [one.with_usual(d_model=D_MODEL) for one in contenders(arguments.names)]
         trunks = {one.name: one_layer(one) for one in named}
     except UserError as error:
-        print(f"trunk_speed: error: {error}", file=sys.stderr)
-        return 2
+        return refused("trunk_speed", error)
     rows = measure(trunks, **(sizes | ({"steps": 16, "long": 64, "rounds": 1} if arguments.quick else {})))
     print(markdown(rows))
     if arguments.csv is not None:
