@@ -89,6 +89,11 @@ def resolve_options(argv: list[str]) -> list[str]:
     return resolved
 
 
+def long_options(argv: list[str]) -> list[str]:
+    """Options with ``--config`` in the place of Lightning's ``-c``."""
+    return ["--config" if option == "-c" else re.sub("^-c=?", "--config=", option) for option in argv]
+
+
 def pairs(options: list[str]) -> list[tuple[str, str]]:
     """``--key value`` and ``--key=value`` as pairs."""
     return [
@@ -112,10 +117,10 @@ def chosen_classes(argv: list[str], otherwise: Mapping[str, type]) -> dict[str, 
         section: f"{default.__module__}.{default.__qualname__}" for section, default in otherwise.items()
     }
     for key, value in pairs(argv):
-        named = _classes_in(value) if key in ("-c", "--config") else {}
+        named = _classes_in(_tree(value)) if key == "--config" else {}
         for section in otherwise:
             if key in (f"--{section}", f"--{section}.class_path"):
-                named = {section: value}
+                named = _classes_in({section: _tree(value)})
             known = sys.modules[otherwise[section].__module__.rpartition(".")[0]]
             found = pydoc.locate(named.get(section, "")) or getattr(known, named.get(section, ""), None)
             if isinstance(found, type):  # the parser complains of whatever else is named
@@ -123,12 +128,16 @@ def chosen_classes(argv: list[str], otherwise: Mapping[str, type]) -> dict[str, 
     return chosen
 
 
-def _classes_in(config: str) -> dict[str, str]:
-    """The class paths in a configuration, given as a file or as text; none if it is not to be read."""
+def _tree(config: str) -> Any:
+    """What a file or a text holds; None if it is not to be read."""
     try:
-        tree = yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
+        return yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
     except (OSError, ValueError, yaml.YAMLError):  # said by the parser
-        return {}
+        return None
+
+
+def _classes_in(tree: Any) -> dict[str, str]:
+    """The class path that a configuration names for each section."""
     sections = tree.items() if isinstance(tree, dict) else ()
     named = {key: part.get("class_path") if isinstance(part, dict) else part for key, part in sections}
     return {key: name for key, name in named.items() if isinstance(name, str)}

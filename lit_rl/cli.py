@@ -150,8 +150,10 @@ class LitRLCLI(LightningCLI):
             if path.parent.name == "checkpoints" and run.parent == (LOGS / self.options.name).resolve():
                 self.version = run.name
         self._check_folders()
-        if "verbose" in self.options:
-            self.options.verbose = False
+        # Lightning neither prints metrics nor keeps episodes in memory that are on disk.
+        for unused in ("verbose", "return_predictions"):
+            if unused in self.options:
+                self.options[unused] = False
 
     def _check_folders(self) -> None:
         if self.subcommand == "fit":
@@ -179,8 +181,8 @@ class LitRLCLI(LightningCLI):
         fits = self.subcommand == "fit"
         if configured["logger"] is None:
             kwargs["logger"] = self._logger() if fits else False
-        kwargs["callbacks"] = [*(configured["callbacks"] or []), *self._callbacks(configured)]
-        kwargs["plugins"] = [*(configured["plugins"] or []), checkpoints.AtomicCheckpointIO()]
+        kwargs["callbacks"] = [*listed(configured["callbacks"]), *self._callbacks(configured)]
+        kwargs["plugins"] = [*listed(configured["plugins"]), checkpoints.AtomicCheckpointIO()]
         kwargs["enable_progress_bar"] = fits and configured["enable_progress_bar"] is not False
         return super().instantiate_trainer(**kwargs)
 
@@ -292,6 +294,11 @@ class LitRLCLI(LightningCLI):
         say(f"{line} ({episodes} {how} episodes of {self.options.env.id}{when})")
 
 
+def listed(given: Any) -> list[Any]:
+    """What the Trainer takes as one object, several or none."""
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+
+
 def say(text: str) -> None:
     """Prints, in one of the processes of a run."""
     if ranks.is_first():
@@ -341,6 +348,7 @@ def with_checkpoint_config(argv: list[str]) -> list[str]:
 
 def build(argv: list[str]) -> LitRLCLI:
     """Everything the command names, built and ready to run; raises `UserError` for whatever does not fit."""
+    argv = arguments.long_options(argv)
     try:
         return LitRLCLI(arguments.resolve_options(with_checkpoint_config(argv)))
     except UserError:
@@ -357,7 +365,7 @@ def _in_one_line(error: Exception, argv: list[str]) -> UserError:
     for link in links:
         if isinstance(link, UserError):
             return link
-    configs = " and ".join(value for key, value in arguments.pairs(argv[1:]) if key in ("-c", "--config"))
+    configs = " and ".join(value for key, value in arguments.pairs(argv[1:]) if key == "--config")
     if isinstance(error, ArgumentError):
         return UserError(f"{messages.one_line(str(error), configs)}; see lit-rl {argv[0]} --help")
     if isinstance(error, UnicodeDecodeError):
@@ -381,9 +389,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{str(error) or 'out of memory'} ({type(error).__name__})") from error
     except SIGTERMException as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGTERM
-        say(f"stopped by {signum.name}" + ("; --ckpt_path last goes on" if argv[0] == "fit" else ""))
+        savers = cli.trainer.checkpoint_callbacks if argv[0] == "fit" else []
+        saves = any(isinstance(saver, checkpoints.LastCheckpoint) for saver in savers)
+        say(f"stopped by {signum.name}" + ("; --ckpt_path last goes on" if saves else ""))
         return 128 + signum
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise UserError("out of memory: make batches, windows or the network smaller") from error
         if not ranks.peer_is_gone(error):
             raise
         return cli.exit_code_of_others()  # they have said why
@@ -394,6 +406,11 @@ def main(argv: list[str]) -> int:
     finally:
         ranks.leave()
     return 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch got no memory, on a device or, where its error has no type of its own, on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def raised_by_lightning(error: BaseException) -> bool:

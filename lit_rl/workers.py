@@ -153,7 +153,7 @@ class Workers:
         rollout_length: steps of each environment in a rollout.
         sequence_length: as in `RolloutCollector`.
         seed: of the first environment; each has another.
-        context: entered around every policy call; it travels to the workers.
+        context: entered while collecting, as in `RolloutCollector`; it travels to the workers.
 
     Raises:
         UserError: environments do not divide among the workers, Ray is not there, or a worker failed.

@@ -6,10 +6,12 @@ Shapes: E environments, T steps a rollout, R rollouts one after the other.
 import itertools
 from math import isnan
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers import Scripted, Step, make_agent, script, sharpen, small
 from tensordict import TensorDict
 from torch import Tensor
@@ -146,7 +148,7 @@ def test_one_call_acts_as_the_agent_does(action_space: spaces.Space, monkeypatch
     rollouts = []
     for may_fuse in (True, False):
         if not may_fuse:
-            monkeypatch.setattr("lit_rl.collectors.rollout.fused", lambda _: None)
+            monkeypatch.setattr("lit_rl.collectors.rollout.fused", lambda *_: None)
         collector = collector_of(scripted_agent("mlp", action_space, value_trunk="separate"), action_space)
         rollouts.append(collect(collector))
         assert (collector._fused is not None) == may_fuse
@@ -322,6 +324,19 @@ def test_state_dict() -> None:
     assert not torch.isin(start, column(first, keys.OBSERVATION)).any()  # other episodes than before
 
 
+def test_a_state_of_another_kind_of_device_gives_other_random_numbers_but_the_same_each_time() -> None:
+    """A random state on CUDA is of 16 bytes."""
+    agent = make_agent(EnvConfig("CartPole-v1", num_envs=2))
+    collectors = [cartpole(3, agent) for _ in range(2)]
+    for collector in collectors:
+        saved = collector.state_dict() | {"frames": 64, "generator": torch.zeros(16, dtype=torch.uint8)}
+        collector.load_state_dict(saved)
+    of_start = column(collect(cartpole(3, agent), 1), keys.ACTION)
+    one, other = (column(collect(collector, 1), keys.ACTION) for collector in collectors)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, of_start)
+
+
 def test_resuming_elsewhere_starts_other_episodes() -> None:
     """Environments are seeded anew by the seed and the frame count of the saved run."""
     agent = make_agent(EnvConfig("CartPole-v1", num_envs=2))
@@ -409,6 +424,34 @@ def test_rows_that_did_not_end_have_no_last_observation() -> None:
 
 
 # ------------------------------------------------------------------ TorchRL
+
+
+class Modes(gym.Env):
+    """Writes down under what it is stepped."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (3,)), DISCRETE
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        product = torch.ones(1, 1) @ torch.ones(1, 1, requires_grad=True)
+        self.seen = (torch.is_inference_mode_enabled(), product.dtype)
+        return np.zeros(3, np.float32), 0.0, False, False, {}
+
+
+def test_precision_of_the_policy_is_not_for_the_environment() -> None:
+    """One that computes with torch, and differentiates."""
+    context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    collector = RolloutCollector(
+        lambda: SyncVectorEnv([Modes], autoreset_mode=AutoresetMode.SAME_STEP),
+        scripted_agent(),
+        frames_per_batch=2,
+        context=context,
+    )
+    collector.rollout()
+    seen = collector.env.envs[0].seen
+    assert seen == (False, torch.float32)
 
 
 def test_it_is_a_torchrl_collector() -> None:

@@ -409,7 +409,7 @@ def test_one_call_acts_as_the_agent_does(options: dict[str, Any], monkeypatch: p
     collected = []
     for may_fuse in (True, False):
         if not may_fuse:
-            monkeypatch.setattr("lit_rl.collectors.windows.fused_q", lambda _: None)
+            monkeypatch.setattr("lit_rl.collectors.windows.fused_q", lambda *_: None)
         collector = collector_of(agent_of("mlp", **options), with_latent=True)
         collected.append(torch.cat(collect(collector))[keys.STEPS])
         assert (collector._fused is not None) == may_fuse

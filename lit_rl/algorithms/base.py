@@ -275,4 +275,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, key.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
+        here = state["cuda"][: torch.cuda.device_count()]  # there may have been more devices
+        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in here])

@@ -76,7 +76,7 @@ class Prediction(NamedTuple):
     """What the online network said of a lesson."""
 
     loss: Tensor
-    """with gradient, like the next; nothing else has one"""
+    """with gradient, like the next, where autograd made it; nothing else has one"""
     auxiliary: Tensor | None
     """what the trunk asks for beside it"""
     predicted: Tensor

@@ -73,7 +73,7 @@ class EnvCollector(BaseCollector):
         frames_per_batch: frames a batch, E * T.
         total_frames: where iteration ends; -1 never.
         seed: of the actions' random state and of the environments' first reset.
-        context: entered around every policy call, for example mixed precision.
+        context: entered while collecting, for example mixed precision; autocast leaves environments alone.
 
     Raises:
         UserError: sizes do not divide, or an environment fails or returns what is not finite.
@@ -122,7 +122,8 @@ class EnvCollector(BaseCollector):
 
     def _step_env(self, action: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
         """Steps the environments: reward, terminated, truncated ``[E]`` and info; keeps what comes next."""
-        self._current, reward, terminated, truncated, info = self.env.step(action)
+        with torch.inference_mode(False), self._without_autocast():
+            self._current, reward, terminated, truncated, info = self.env.step(action)
         self._steps += 1
         check_finite(self._current, self.env, self._steps)
         self._return += reward
@@ -131,6 +132,11 @@ class EnvCollector(BaseCollector):
         if info:
             self._close_episodes(t, info)
         return reward, terminated, truncated, info
+
+    def _without_autocast(self) -> AbstractContextManager:
+        """An environment may compute with torch: the policy's precision is not for it."""
+        device = self.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def _close_episodes(self, t: int, info: dict[str, Any]) -> None:
         ended = self._is_init
@@ -178,7 +184,11 @@ class EnvCollector(BaseCollector):
         """Goes on from a saved state, in new episodes that differ from those of the first start."""
         self._frames = state_dict["frames"]
         self._steps = state_dict["steps"]
-        self.generator.set_state(state_dict["generator"].cpu())
+        state = state_dict["generator"].cpu()
+        if state.shape == self.generator.get_state().shape:
+            self.generator.set_state(state)
+        else:  # of another kind of device, which draws other numbers
+            self.generator.manual_seed(derived_seed(self.generator.initial_seed(), self._frames))
         self.reset(seed=derived_seed(self.generator.initial_seed(), self._frames))
 
     def _maybe_fallback_update(self, policy_or_weights: Any = None, *, model_id: str | None = None) -> None:

@@ -39,7 +39,7 @@ class RolloutCollector(EnvCollector):
         total_frames: where iteration ends; -1 never.
         sequence_length: steps of a sequence; the whole rollout if absent. Must divide T.
         seed: of the actions' random state and of the environments' first reset.
-        context: entered around every policy call, for example mixed precision.
+        context: entered while collecting, for example mixed precision; autocast leaves environments alone.
         postproc: applied to every rollout; a TorchRL transform fits.
 
     Raises:
@@ -109,7 +109,7 @@ class RolloutCollector(EnvCollector):
         bootstraps: list[tuple[np.ndarray, int, np.ndarray]] = []
         with torch.inference_mode(), self.context():
             noises = self.policy.policy.noise(T, E, generator=self.generator).unbind()
-            self._fused = fused(self.policy)
+            self._fused = fused(self.policy, E)
             for t in range(T):
                 if t % self.sequence_length == 0:
                     states.append(self._state)

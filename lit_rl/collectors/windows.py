@@ -50,7 +50,7 @@ class WindowCollector(EnvCollector):
         with_state: keep the memory that the agent had at the start of each window.
         with_latent: keep the latent of each step as it was when acting.
         seed: of the actions' random state and of the environments' first reset.
-        context: entered around every policy call, for example mixed precision.
+        context: entered while collecting, for example mixed precision; autocast leaves environments alone.
 
     Raises:
         UserError: sizes do not divide or fit, or an environment fails or returns what is not finite.
@@ -128,7 +128,7 @@ class WindowCollector(EnvCollector):
         at_ET = np.empty((E, T), np.int64)  # of each step in its stream
         with torch.inference_mode(), self.context():
             noises = self.policy.noise(T, E, generator=self.generator).unbind()
-            self._fused = fused_q(self.policy)
+            self._fused = fused_q(self.policy, E)
             for t in range(T):
                 self._keep_state(every_row)
                 at_ET[:, t] = self._count

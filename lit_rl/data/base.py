@@ -81,7 +81,7 @@ class EnvDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def _rank_seed(self, seed: int) -> int:
-        """Rows take consecutive seeds: ranks start far enough apart not to share any."""
+        """Another seed for each rank; environments spread it."""
         assert self.trainer is not None
         return seed + 10_000 * self.trainer.global_rank
 

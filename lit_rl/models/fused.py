@@ -120,11 +120,12 @@ class FusedQNetwork:
         return torch.from_numpy(latent), torch.from_numpy(values)
 
 
-def fused(agent: ActorCritic) -> FusedActorCritic | None:
-    """Policy and value of an agent as it is now; None where they are not two perceptrons on the CPU.
+def fused(agent: ActorCritic, rows: int = 1) -> FusedActorCritic | None:
+    """Policy and value of an agent as it is now, for so many observations at once.
 
-    They are in float32, without autocast, read a plain observation, and nobody listens in on them or has put
-    something else in the place of a method.
+    None where they are not two perceptrons on the CPU, or a layer is so large that torch is quicker. They are
+    in float32, without autocast, read a plain observation, and nobody listens in on them or has put something
+    else in the place of a method of theirs.
     """
     policy_head = agent.policy
     if type(agent) is not ActorCritic or not agent.values_can_wait:
@@ -132,12 +133,12 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
     if _is_changed(agent) or _is_changed(policy_head):
         return None
     if type(policy_head) is Categorical:
-        policy = _fuse(agent.encoder, agent.trunk, policy_head.logits)
+        policy = _fuse(agent.encoder, agent.trunk, policy_head.logits, rows)
     elif type(policy_head) is Gaussian:
-        policy = _fuse(agent.encoder, agent.trunk, policy_head.mean)
+        policy = _fuse(agent.encoder, agent.trunk, policy_head.mean, rows)
     else:
         return None
-    value = _fuse(agent.value_encoder, agent.value_trunk, agent.value_head)
+    value = _fuse(agent.value_encoder, agent.value_trunk, agent.value_head, rows)
     if policy is None or value is None or len(value.modules[-1].weight) != 1:
         return None
     return FusedActorCritic(agent, policy, value)
@@ -146,19 +147,18 @@ def fused(agent: ActorCritic) -> FusedActorCritic | None:
 def fused_for_learning(agent: ActorCritic, rows: int) -> FusedActorCritic | None:
     """Like `fused`, for updates on so many steps.
 
-    None also where autograd is watched, where a weight is frozen, shared or made of something else, and where
-    a layer is so large that torch is quicker.
+    None also where autograd is watched, and where a weight is frozen, shared or made of something else.
     """
-    networks = fused(agent)
+    networks = fused(agent, rows)
     if networks is None:
         return None
     others = [agent.policy.log_std] if isinstance(agent.policy, Gaussian) else []
-    learns = _can_learn(agent, rows, (networks.policy_layers, networks.value_layers), others)
+    learns = _can_learn(agent, (networks.policy_layers, networks.value_layers), others)
     return networks if learns else None
 
 
-def fused_q(agent: QNetwork) -> FusedQNetwork | None:
-    """Latents and action values of an agent as it is now.
+def fused_q(agent: QNetwork, rows: int = 1) -> FusedQNetwork | None:
+    """Latents and action values of an agent as it is now, for so many observations at once.
 
     None for the reasons of `fused`, and where the head is more than one linear map or gives more than the
     expected return.
@@ -168,27 +168,23 @@ def fused_q(agent: QNetwork) -> FusedQNetwork | None:
         return None
     if head.hidden is not None or head.state_value is not None or len(head.last.weight) != agent.num_actions:
         return None
-    layers = _fuse(agent.encoder, agent.trunk, head.last)
+    layers = _fuse(agent.encoder, agent.trunk, head.last, rows)
     return None if layers is None else FusedQNetwork(agent, layers)
 
 
 def fused_q_for_learning(agent: QNetwork, rows: int) -> FusedQNetwork | None:
     """Like `fused_q`, for updates on so many steps; None also for the reasons of `fused_for_learning`."""
-    network = fused_q(agent)
-    return network if network is not None and _can_learn(agent, rows, (network.layers,)) else None
+    network = fused_q(agent, rows)
+    return network if network is not None and _can_learn(agent, (network.layers,)) else None
 
 
-def _can_learn(
-    agent: Agent, rows: int, networks: Sequence[FusedNetwork], others: Sequence[Tensor] = ()
-) -> bool:
+def _can_learn(agent: Agent, networks: Sequence[FusedNetwork], others: Sequence[Tensor] = ()) -> bool:
     """Whether the networks' weights and `others` are all that learns, and nobody watches."""
     layers = [layer for network in networks for layer in network.modules]
     found = [id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
     found += map(id, others)
     parameters = list(agent.parameters())
     if len(set(found)) < len(found) or set(found) != set(map(id, parameters)):
-        return False
-    if not suit_one_core(rows, [layer.weight for layer in layers]):
         return False
     if any(module._backward_hooks or module._backward_pre_hooks for module in agent.modules()):
         return False
@@ -210,7 +206,7 @@ def _is_changed(module: nn.Module) -> bool:
     return any(hasattr(type(module), name) for name in vars(module).keys() - _OF_EVERY_MODULE)
 
 
-def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> FusedNetwork | None:
+def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module, rows: int) -> FusedNetwork | None:
     if torch.is_autocast_enabled("cpu") or _has_any_global_hook():
         return None
     if encoder is None or type(trunk) is not MLP or trunk.activation not in (torch.tanh, torch.relu):
@@ -231,6 +227,6 @@ def _fuse(encoder: Encoder | None, trunk: Trunk | None, head: nn.Module) -> Fuse
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if not are_layers(plain.out_features, weights, biases) or not can_be_compiled(*weights, *biases):
         return None
-    if weights[0].dtype != torch.float32:
+    if weights[0].dtype != torch.float32 or not suit_one_core(rows, weights):
         return None
     return FusedNetwork(layers[: len(projection)], trunk, cast(nn.Linear, head))

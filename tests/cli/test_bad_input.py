@@ -1,6 +1,7 @@
 """Whatever is wrong is said in one line with exit code 2, and nothing is written."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from cli_helpers import CARTPOLE, TINY
 from gymnasium import spaces
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # ------------------------------------------------------------------ trunks
 
@@ -454,3 +456,34 @@ def test_a_write_protected_folder(refused_fit, tmp_path, monkeypatch):
     real = os.access
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
     assert "is write-protected" in refused_fit()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+    ],
+    ids=["device", "CPU"],
+)
+def test_no_memory_for_torch(error, fit, monkeypatch):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr("lit_rl.algorithms.LitPPO.training_step", step)
+    done = fit()
+    assert done.code == 2
+    assert done.err == "lit-rl: error: out of memory: make batches, windows or the network smaller\n"
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_stopped_run_goes_on_where_it_was_saved(saves, fit, monkeypatch):
+    def step(*_):
+        raise SIGTERMException
+
+    monkeypatch.setattr("lit_rl.algorithms.LitPPO.training_step", step)
+    done = fit(f"--trainer.enable_checkpointing={saves}")
+    assert done.code == 128 + signal.SIGTERM
+    assert done.out.splitlines()[-1] == "stopped by SIGTERM" + ("; --ckpt_path last goes on" if saves else "")

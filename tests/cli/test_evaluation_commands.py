@@ -164,6 +164,11 @@ def test_predict_writes_episodes(lit_rl, trained, tmp_path):
     assert float(said["length"]) == pytest.approx(sum(lengths) / 5, abs=0.05)
 
 
+def test_predicted_episodes_are_not_kept_in_memory(trained, tmp_path):
+    command = cli.build(["predict", "--ckpt_path", str(trained.checkpoint), f"--output={tmp_path / 'a'}"])
+    assert command.options.return_predictions is False
+
+
 def test_predicted_episodes_are_truncated_where_the_limit_is(lit_rl, trained, tmp_path):
     done = lit_rl("predict", f"--ckpt_path={trained.checkpoint}", "--output=data", "--env.time_limit=4")
     assert done.code == 0, done.err

@@ -1,8 +1,11 @@
 """Trunks by name, in options and in YAML, and configurations that come back as they were printed."""
 
+import json
+
 import pytest
 import yaml
 from cli_helpers import CARTPOLE, ROOT, TINY
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_rl import cli, registry
 from lit_rl.trunks import GRU, LSTM, MLP
@@ -161,6 +164,9 @@ def test_every_configuration_trains(path, lit_rl, tmp_path):
         (["--model=lit_rl.algorithms.LitDQN", "--model.lr=0.5"], {"max_grad_norm": 10.0, "lr": 0.5}),
         (["--config", str(CARTPOLE), "--model", "LitDQN"], {"max_grad_norm": 10.0, "total_frames": 150_000}),
         (["--config", "{model: {class_path: LitDQN, init_args: {gamma: 0.5}}}"], {"lr": 1e-3, "gamma": 0.5}),
+        (["-c", "{model: {class_path: LitDQN}}"], {"max_grad_norm": 10.0, "lr": 1e-3}),
+        (["-c={model: {class_path: LitDQN}}"], {"max_grad_norm": 10.0, "lr": 1e-3}),
+        (["--model", "{class_path: LitDQN, init_args: {gamma: 0.5}}"], {"max_grad_norm": 10.0, "gamma": 0.5}),
         (["--model", "LitDQN", "--model", "LitPPO"], {"max_grad_norm": 0.5, "anneal_lr": True}),
         ([], {"max_grad_norm": 0.5, "anneal_lr": True}),
     ],
@@ -168,3 +174,9 @@ def test_every_configuration_trains(path, lit_rl, tmp_path):
 def test_what_is_not_said_is_the_default_of_the_chosen_algorithm(options, expected, lit_rl):
     model = yaml.safe_load(printed(lit_rl, *options))["model"]["init_args"]
     assert {key: model[key] for key in expected} == expected
+
+
+def test_one_callback_needs_no_list():
+    callback = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/return"}}
+    command = built("--config", json.dumps({"trainer": {"callbacks": callback}}))
+    assert sum(isinstance(one, EarlyStopping) for one in command.trainer.callbacks) == 1

@@ -166,6 +166,15 @@ def test_others_are_left_to_torch(agent) -> None:
     assert fused(agent()) is None
 
 
+def test_layers_that_are_quicker_in_torch_are_left_to_it() -> None:
+    """From 2**24 multiplications of a layer on."""
+    agent, q = make(trunk_options={"d_model": 512}), q_network(d_model=512)
+    assert fused(agent, 64) is not None
+    assert fused(agent, 65) is None
+    assert fused_q(q, 64) is not None
+    assert fused_q(q, 65) is None
+
+
 @pytest.mark.parametrize("width", [2, 9])
 def test_observations_of_another_shape_are_told(width: int) -> None:
     networks = fused(make())
@@ -202,10 +211,12 @@ def test_weights_are_those_of_its_making_or_later() -> None:
 # ------------------------------------------------------------------ action values
 
 
-def q_network(trunk=MLP, head=ExpectedQ, activation="relu", **options) -> QNetwork:
+def q_network(trunk=MLP, head=ExpectedQ, activation="relu", d_model=8, **options) -> QNetwork:
     torch.manual_seed(0)
     options = {"encoder_width": 6, "normalize_observation": True} | options
-    sizes = {"d_model": 8} | ({"n_layers": 2, "activation": activation} if issubclass(trunk, MLP) else {})
+    sizes = {"d_model": d_model} | (
+        {"n_layers": 2, "activation": activation} if issubclass(trunk, MLP) else {}
+    )
     agent = QNetwork(BOX, ACTIONS["discrete"], lambda F: trunk(F, **sizes), head, **options)
     with torch.no_grad():
         for parameter in agent.parameters():
