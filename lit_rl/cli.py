@@ -187,11 +187,7 @@ class LitRLCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _logger(self) -> RunLogger:
-        # What a killed run wrote after its checkpoint is seen no more: it is trained again.
-        seen = (
-            {"purge_step": self.checkpoint.get("frames", 0) + 1} if self.version and self.checkpoint else {}
-        )
-        return RunLogger(LOGS, name=self.options.name, version=self.version, **seen)
+        return RunLogger(LOGS, name=self.options.name, version=self.version)
 
     def _callbacks(self, configured: Namespace) -> list[L.Callback]:
         if self.subcommand == "predict":

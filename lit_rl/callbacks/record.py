@@ -43,12 +43,14 @@ class RunRecord(L.Callback):
         self.config = config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Here and not at set-up: whatever is wrong with a configuration has been found by now.
+        # Here and not at set-up: whatever is wrong with a configuration or a replay has been found by now.
         folder = trainer.log_dir  # asks all processes: every one must come by
         if trainer.is_global_zero and trainer.loggers and folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, "config.yaml").write_text(self.config)
             if isinstance(trainer.logger, TensorBoardLogger):
+                assert isinstance(pl_module, LitAgent)
+                forget_after(pl_module.frames, trainer.logger)
                 trainer.logger.hparams.update(flatten(yaml.safe_load(self.config)))  # for its hparams.yaml
                 trainer.logger.experiment.add_text("config", f"```yaml\n{self.config}\n```")
 
@@ -68,6 +70,14 @@ class RunRecord(L.Callback):
         logger.log_hyperparams(flatten(yaml.safe_load(self.config)), final, step=pl_module.frames)
         logger.experiment.flush()
         draw_learning_curve(Path(logger.log_dir))
+
+
+def forget_after(frames: int, logger: TensorBoardLogger) -> None:
+    """What a killed run wrote after its checkpoint is seen no more: it is trained again."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = Event(step=frames + 1, session_log=SessionLog(status=SessionLog.START))
+    logger.experiment.file_writer.add_event(start)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

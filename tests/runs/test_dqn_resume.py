@@ -10,6 +10,7 @@ from typing import Any
 import dqn_probes
 import pytest
 from cli_helpers import Done, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rl import checkpoints
 
@@ -182,10 +183,19 @@ def test_filling_up_again_survives_a_stop() -> None:
     assert last()["global_step"] == 2 * 7 + 2 * 3  # at 64 to 160, and at 224 to 256
 
 
+def evaluated_at() -> list[int]:
+    """The frames of the evaluations that TensorBoard shows."""
+    events = EventAccumulator(str(FOLDER.parent), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in events.Scalars("val/return")]
+
+
 def test_best_without_its_replay() -> None:
     """Only the last checkpoint keeps one; the line says what to do, and that works."""
     stopped()
-    assert checkpoints.load(BEST)["frames"] < STOPPED
+    best = checkpoints.load(BEST)["frames"]
+    assert best < STOPPED
+    before = evaluated_at()
+    assert max(before) > best
     done = fit("--ckpt_path=best")
     assert done.code == 2
     [line] = done.err.splitlines()
@@ -194,7 +204,9 @@ def test_best_without_its_replay() -> None:
         "start anew without --ckpt_path, or go on with an empty replay: --data.save_replay false"
     )
     assert replays() == [f"frames_{STOPPED}"]
+    assert evaluated_at() == before  # a run that is refused forgets nothing
     assert fit("--ckpt_path=best", "--data.save_replay=false").code == 0
+    assert evaluated_at() == list(range(EPOCH, TOTAL + 1, EPOCH))
     assert last()["frames"] == TOTAL
 
 
