@@ -83,6 +83,8 @@ def resolve_options(argv: list[str]) -> list[str]:
         elif suffix == ".help":
             resolved.append(f"{key}.help={resolve_trunk_name(value)}")
         else:
+            if not value.strip():
+                raise UserError("model.trunk is empty: lit-rl trunks list names those there are")
             chosen = _resolved(yaml.safe_load(value))
             # First none: or the new trunk would keep options of the one it replaces.
             resolved += [f"{key}=null", f"{key}={json.dumps(chosen)}"]
@@ -202,6 +204,8 @@ def check_options(options: Namespace, signatures: dict[str, Callable]) -> None:
     check_range({"episodes": options.episodes, "torch_threads": options.torch_threads}, 1, 2**31 - 1)
     check_range({"seed_everything": options.seed_everything}, 0, 2**31 - 1)
     parts = Path(options.name).parts
+    if not parts:
+        raise UserError("name is empty: give the name of a folder in logs/")
     if Path(options.name).is_absolute() or ".." in parts:
         raise UserError(f"name {options.name!r} leads out of logs/: give the name of a folder in it")
     if "\0" in options.name or any(len(os.fsencode(part)) > 255 for part in parts):

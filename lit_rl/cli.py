@@ -389,13 +389,11 @@ def main(argv: list[str]) -> int:
         saves = any(isinstance(saver, checkpoints.LastCheckpoint) for saver in savers)
         say(f"stopped by {signum.name}" + ("; --ckpt_path last goes on" if saves else ""))
         return 128 + signum
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         if is_out_of_memory(error):
             raise UserError("out of memory: make batches, windows or the network smaller") from error
-        if not ranks.peer_is_gone(error):
-            raise
-        return cli.exit_code_of_others()  # they have said why
-    except (ValueError, TypeError, ArithmeticError) as error:
+        if ranks.peer_is_gone(error):
+            return cli.exit_code_of_others()  # they have said why
         if not raised_by_lightning(error):
             raise
         raise UserError(f"{error} ({type(error).__name__}): see the options of trainer") from error
@@ -404,7 +402,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch got no memory, on a device or, where its error has no type of its own, on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 

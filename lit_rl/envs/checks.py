@@ -82,6 +82,8 @@ def unknown_id(env_id: str, known: Iterable[str], backend: str) -> UserError:
 def check_spaces(env_id: str, observation: gym.Space, action: gym.Space) -> None:
     """Refuse spaces that encoders and heads have no form for."""
     leaves = observation.spaces if isinstance(observation, spaces.Dict) else {"": observation}
+    if not leaves or any(0 in (space.shape or ()) for space in leaves.values()):
+        raise _unsupported(env_id, "observation", "", observation, "spaces that hold something")
     for key, space in leaves.items():
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise _unsupported(

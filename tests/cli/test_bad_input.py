@@ -84,6 +84,8 @@ class Odd(gym.Env):
 
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
 ODD = {
+    "Empty": (spaces.Box(0, 1, (0,)), spaces.Discrete(2), "unsupported observation space: Box"),
+    "EmptyDict": (spaces.Dict(), spaces.Discrete(2), "unsupported observation space: Dict"),
     "Text": (spaces.Text(5), spaces.Discrete(2), "unsupported observation space: Text"),
     "Tuple": (spaces.Tuple([BOX, BOX]), spaces.Discrete(2), "unsupported observation space: Tuple"),
     "Nested": (spaces.Dict(a=spaces.Dict(b=BOX)), spaces.Discrete(2), "unsupported observation space 'a'"),
@@ -202,6 +204,8 @@ def test_options_that_the_environment_does_not_have(refused_fit, options, messag
         ("--torch_threads=null", "torch_threads takes int, not null"),
         ("--model.env.num_envs=3", "model.env.num_envs is taken from env: set env.num_envs instead"),
         ("--data.init_args.seed=3", "data.seed is taken from seed_everything"),
+        ("--name=", "name is empty: give the name of a folder in logs/"),
+        ("--model.trunk=", "model.trunk is empty: lit-rl trunks list names those there are"),
         ("--name=../elsewhere", "name '../elsewhere' leads out of logs/"),
         ("--video=x", "--video is an option of test"),
         ("--output=x", "--output is an option of predict"),
@@ -487,3 +491,10 @@ def test_a_stopped_run_goes_on_where_it_was_saved(saves, fit, monkeypatch):
     done = fit(f"--trainer.enable_checkpointing={saves}")
     assert done.code == 128 + signal.SIGTERM
     assert done.out.splitlines()[-1] == "stopped by SIGTERM" + ("; --ckpt_path last goes on" if saves else "")
+
+
+def test_what_lightning_refuses_while_it_runs(fit):
+    done = fit("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/retrun")
+    assert done.code == 2
+    [line] = done.err.splitlines()
+    assert "Early stopping conditioned on metric `val/retrun` which is not available" in line
