@@ -4,6 +4,7 @@ Shapes: E environments, T steps a rollout, R rollouts one after the other.
 """
 
 import itertools
+from functools import partial
 from math import isnan
 
 import gymnasium as gym
@@ -442,16 +443,14 @@ class Modes(gym.Env):
 
 def test_precision_of_the_policy_is_not_for_the_environment() -> None:
     """One that computes with torch, and differentiates."""
-    context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     collector = RolloutCollector(
         lambda: SyncVectorEnv([Modes], autoreset_mode=AutoresetMode.SAME_STEP),
         scripted_agent(),
         frames_per_batch=2,
-        context=context,
+        context=partial(torch.autocast, "cpu", torch.bfloat16),
     )
     collector.rollout()
-    seen = collector.env.envs[0].seen
-    assert seen == (False, torch.float32)
+    assert collector.env.envs[0].seen == (False, torch.float32)
 
 
 def test_it_is_a_torchrl_collector() -> None:
