@@ -180,14 +180,11 @@ class LitRLCLI(LightningCLI):
         configured = self.config_init[self.subcommand]["trainer"]
         fits = self.subcommand == "fit"
         if configured["logger"] is None:
-            kwargs["logger"] = self._logger() if fits else False
+            kwargs["logger"] = fits and RunLogger(LOGS, name=self.options.name, version=self.version)
         kwargs["callbacks"] = [*listed(configured["callbacks"]), *self._callbacks(configured)]
         kwargs["plugins"] = [*listed(configured["plugins"]), checkpoints.AtomicCheckpointIO()]
         kwargs["enable_progress_bar"] = fits and configured["enable_progress_bar"] is not False
         return super().instantiate_trainer(**kwargs)
-
-    def _logger(self) -> RunLogger:
-        return RunLogger(LOGS, name=self.options.name, version=self.version)
 
     def _callbacks(self, configured: Namespace) -> list[L.Callback]:
         if self.subcommand == "predict":
