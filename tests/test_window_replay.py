@@ -389,7 +389,7 @@ def test_every_file_cut_off_or_missing_is_told(tmp_path: Path) -> None:
         whole = path.read_bytes()
         for content in (whole[: len(whole) // 2], whole[:-1], b"", None):
             path.unlink() if content is None else path.write_bytes(content)
-            with pytest.raises(UserError, match=r"replay at .*--data.save_replay false") as error:
+            with pytest.raises(UserError, match=r"replay at .*--data.load_replay false") as error:
                 loaded(folder)
             assert "\n" not in str(error.value)
             assert content is None or path.read_bytes() == content  # or it would pass for whole later

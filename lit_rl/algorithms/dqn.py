@@ -314,12 +314,12 @@ class LitDQN(LitAgent):
         checkpoint["replay_began"] = self._replay_began
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
         head, my_head = checkpoint.get("head"), self.agent.head.description
         if head not in (None, my_head):
             raise UserError(
                 f"the checkpoint does not fit: its head is {head}, this run's {my_head}: set --model.head"
             )
+        super().check_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

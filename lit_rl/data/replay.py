@@ -83,8 +83,10 @@ class ReplayDataModule(EnvDataModule):
             each step is learnt from in one window, in several if less.
         priority_exponent: alpha of prioritized replay (Schaul et al. 2016), 0 to 1; 0 draws uniformly.
         storage: in `memory`, or memory-mapped on `disk` (for images).
-        save_replay: save the replay beside the last checkpoint, and go on with it. Older ones are deleted
-            by `lit_rl.checkpoints.LastCheckpoint`, which the command adds; a Trainer without it keeps all.
+        save_replay: save the replay beside the last checkpoint. The one before it is deleted by
+            `lit_rl.checkpoints.LastCheckpoint`, which the command adds; a Trainer without it keeps all.
+        load_replay: a run that goes on from a checkpoint goes on with the replay beside it; with an empty one
+            otherwise.
         options: of `EnvDataModule`.
 
     Raises:
@@ -101,6 +103,7 @@ class ReplayDataModule(EnvDataModule):
         priority_exponent: float = 0.0,
         storage: Literal["memory", "disk"] = "memory",
         save_replay: bool = True,
+        load_replay: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(env, **options)
@@ -113,6 +116,7 @@ class ReplayDataModule(EnvDataModule):
         self.priority_exponent = priority_exponent
         self.storage: Literal["memory", "disk"] = storage
         self.save_replay = save_replay
+        self.load_replay = load_replay
         self.replay: WindowReplay | None = None
         self._resumed: Path | None = None
         """the folder of the replay that a resumed run goes on with"""
@@ -166,7 +170,15 @@ class ReplayDataModule(EnvDataModule):
             self.buffer_size // stride,
             alpha=self.priority_exponent,
             storage=self.storage,
-            made_with={"window": shape.window, "loss_steps": shape.window - shape.unlearnt},
+            made_with={
+                "model.window": shape.window,
+                "model.n_step": shape.lookahead,
+                "steps with a loss": shape.window - shape.unlearnt,
+                "memory is kept": shape.with_state,
+                "latents are kept": shape.with_latent,
+                "data.stride": stride,
+                "data.buffer_size": self.buffer_size,
+            },
             seed=base_seed(self._rank_seed(self.seed)),  # other numbers than those that explore
         )
         going_on = self._collector_state is not None
@@ -216,7 +228,10 @@ class ReplayDataModule(EnvDataModule):
 
     def after_last_checkpoint(self) -> None:
         """Deletes the replays that the newest last checkpoint does not refer to."""
-        if self.replay is None or self.trainer is None or not self.trainer.is_global_zero:
+        if not self.save_replay or self.replay is None:
+            return
+        assert self.trainer is not None
+        if not self.trainer.is_global_zero:
             return
         for folder in (self._beside_checkpoints() / REPLAY).glob("frames_*"):
             if folder != self._saved:
@@ -225,7 +240,7 @@ class ReplayDataModule(EnvDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         assert self.trainer is not None
-        if self.save_replay and REPLAY in state_dict:
+        if self.load_replay and REPLAY in state_dict:
             self._resumed = Path(str(self.trainer.ckpt_path)).resolve().parent / state_dict[REPLAY]
 
     def teardown(self, stage: str) -> None:

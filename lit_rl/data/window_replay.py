@@ -60,7 +60,7 @@ class WindowReplay:
         *,
         alpha: float = 0.0,
         storage: Literal["memory", "disk"] = "memory",
-        made_with: Mapping[str, int] | None = None,
+        made_with: Mapping[str, int | bool] | None = None,
         seed: int = 0,
     ) -> None:
         self.capacity = capacity
@@ -168,20 +168,20 @@ class WindowReplay:
 
     def load(self, folder: Path, like: TensorDict) -> None:
         """Reads what `save` wrote; raises `UserError` if it is damaged or holds other windows than `like`."""
-        instead = "start anew without --ckpt_path, or go on with an empty replay: --data.save_replay false"
+        instead = "start anew without --ckpt_path, or go on with an empty replay: --data.load_replay false"
         if not (folder / FORMAT).is_file():
             raise UserError(f"no whole replay at {folder}: {instead}")
         try:
             saved = json.loads((folder / FORMAT).read_text())
             files = saved.pop("files")
             mine = self._format(like) | {"windows": saved["windows"]}
-            different = sorted(key for key in saved.keys() | mine.keys() if saved.get(key) != mine.get(key))
+            different = [key for key in mine | saved if saved.get(key) != mine.get(key)]
             if saved["windows"] and different:
-                key = different[0]
+                key, *_ = different
                 raise UserError(
                     f"the replay at {folder} holds other windows: {key} is {saved.get(key, 'absent')} there "
                     f"and {mine.get(key, 'absent')} in this run: use the options of the run that made it, or "
-                    "go on with an empty replay: --data.save_replay false"
+                    "go on with an empty replay: --data.load_replay false"
                 )
             for name, size in files.items():  # a memory map would fill up with zeros what is cut off
                 if (folder / name).stat().st_size != size:
@@ -208,9 +208,9 @@ class WindowReplay:
         leaves = {} if windows is None else _leaves(windows)
         shapes = {name: f"{list(leaf.shape[1:])} {leaf.dtype}" for name, leaf in leaves.items()}
         return {
+            **self.made_with,  # first, as what a message names if several things differ
             "capacity": self.capacity,
             "prioritized": self.is_prioritized,
-            **self.made_with,
             "windows": 0 if windows is None else len(windows),
             **shapes,
         }

@@ -293,7 +293,7 @@ def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpoints_of_other_heads_are_refused() -> None:
-    """Though all tensors have the same shapes."""
+    """By what their numbers mean, whether or not all tensors have the same shapes."""
     saved = LitDQN(walk(), head=partial(CategoricalQ, v_min=-5.0, v_max=5.0))
     checkpoint: dict[str, Any] = {"state_dict": saved.state_dict()}
     saved.on_save_checkpoint(checkpoint)
@@ -301,6 +301,7 @@ def test_checkpoints_of_other_heads_are_refused() -> None:
     others: dict[str, Any] = {
         "CategoricalQ(v_min=-5, v_max=200)": partial(CategoricalQ, v_min=-5.0, v_max=200.0),
         "QuantileQ()": partial(QuantileQ, quantiles=51),
+        "ExpectedQ()": ExpectedQ,
     }
     for name, head in others.items():
         message = f"its head is CategoricalQ(v_min=-5, v_max=5), this run's {name}: set --model.head"

@@ -225,17 +225,19 @@ def saved(go_on, tmp_path):
 
 
 def without_replay(lit_rl, *options):
-    return lit_rl("fit", *DQN, *REPLAY, *GOING_ON, *options, "--data.save_replay=false")
+    return lit_rl("fit", *DQN, *REPLAY, *GOING_ON, *options, "--data.load_replay=false")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.buffer_size=400"], "capacity is 50 there and 100 in this run"),
-        (["--data.stride=2"], "capacity is 50 there and 100 in this run"),
-        (["--model.window=3", "--data.buffer_size=150"], "loss_steps is 4 there and 3 in this run"),
-        (["--model.latents=true"], "steps.latent is absent there and [5, 8] torch.float32 in this run"),
-        (["--model.context=window"], "trunk_state.c is [1, 8] torch.float32 there and absent in this run"),
+        (["--data.buffer_size=400"], "data.buffer_size is 200 there and 400 in this run"),
+        (["--data.stride=2"], "data.stride is 4 there and 2 in this run"),
+        (["--model.window=3"], "model.window is 4 there and 3 in this run"),
+        (["--model.n_step=2"], "model.n_step is 1 there and 2 in this run"),
+        (["--model.burn_in=1"], "steps with a loss is 4 there and 3 in this run"),
+        (["--model.latents=true"], "latents are kept is False there and True in this run"),
+        (["--model.context=window"], "memory is kept is True there and False in this run"),
         (["--data.priority_exponent=0"], "prioritized is True there and False in this run"),
     ],
 )
@@ -243,7 +245,7 @@ def test_a_replay_of_other_windows(go_on, saved, options, message):
     line = go_on(*options)
     assert f"the replay at {saved} holds other windows: " in line
     assert message in line
-    assert line.endswith("or go on with an empty replay: --data.save_replay false")
+    assert line.endswith("or go on with an empty replay: --data.load_replay false")
 
 
 def test_a_replay_that_is_gone(go_on, saved, lit_rl):

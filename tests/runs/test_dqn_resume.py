@@ -167,10 +167,22 @@ def test_without_a_saved_replay_it_begins_with_an_empty_one() -> None:
     assert replays() == [f"frames_{TOTAL + EPOCH}"]
 
 
-def test_a_replay_that_is_saved_no_more_is_deleted() -> None:
+def test_not_saving_is_not_deleting_and_not_forgetting() -> None:
     stopped()
-    go_on("--data.save_replay=false")
-    assert not replays()
+    go_on("--data.save_replay=false", snapshots="after")
+    before = dqn_probes.read("stopped", "end")["replay"]
+    assert dqn_probes.same(dqn_probes.read("after", "start")["replay"], before)
+    assert "replay" not in last()["ReplayDataModule"]
+    assert replays() == [f"frames_{STOPPED}"]
+
+
+def test_going_on_with_an_empty_replay_though_one_was_saved() -> None:
+    stopped()
+    go_on("--data.load_replay=false", snapshots="after")
+    start = dqn_probes.read("after", "start")
+    assert start["windows"] == 0
+    assert dqn_probes.same(start["weights"], dqn_probes.read("stopped", "end")["weights"])
+    assert replays() == [f"frames_{TOTAL}"]  # the one before has been replaced, not only left
 
 
 def test_filling_up_again_survives_a_stop() -> None:
@@ -201,11 +213,11 @@ def test_best_without_its_replay() -> None:
     [line] = done.err.splitlines()
     assert "no whole replay at " in line
     assert line.endswith(
-        "start anew without --ckpt_path, or go on with an empty replay: --data.save_replay false"
+        "start anew without --ckpt_path, or go on with an empty replay: --data.load_replay false"
     )
     assert replays() == [f"frames_{STOPPED}"]
     assert evaluated_at() == before  # a run that is refused forgets nothing
-    assert fit("--ckpt_path=best", "--data.save_replay=false").code == 0
+    assert fit("--ckpt_path=best", "--data.load_replay=false").code == 0
     assert evaluated_at() == list(range(EPOCH, TOTAL + 1, EPOCH))
     assert last()["frames"] == TOTAL
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import CARTPOLE, Done, run
+from cli_helpers import CARTPOLE, Done, listing, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rl import checkpoints
+from lit_rl.callbacks import RunLogger
 
 ROLLOUT, EPOCH, TOTAL = 32, 96, 256  # frames; the last epoch is short of a rollout
 OPTIONS = (
@@ -199,6 +200,24 @@ def test_a_damaged_last_falls_back_on_best() -> None:
     assert done.out.startswith(f"from {best} (last.ckpt is missing or damaged)\n")
     assert last()["frames"] == TOTAL
     assert steps("train/lr") == list(range(ROLLOUT, TOTAL + 1, ROLLOUT))
+
+
+def test_only_one_process_trains_in_a_folder() -> None:
+    stopped("while learning")
+    other = RunLogger("logs", name="it", version="version_0")
+    other.lock()
+    before, shown = listing(FOLDER), steps("train/lr")
+    done = fit("--ckpt_path=last")
+    assert done.code == 2
+    [line] = done.err.splitlines()
+    assert line.startswith("lit-rl: error: another process is training in ")
+    assert "it/version_0: wait for it or stop it, or start anew without --ckpt_path" in line
+    after = listing(FOLDER)
+    assert {name: after[name] for name in before} == before  # Lightning adds an empty file of events
+    assert steps("train/lr") == shown
+    assert fit().code == 0  # a folder of its own
+    other.finalize("success")
+    go_on()
 
 
 def test_another_name_is_another_run() -> None:
