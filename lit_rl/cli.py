@@ -124,23 +124,12 @@ class LitRLCLI(LightningCLI):
     # ------------------------------------------------------------------ objects
 
     def before_instantiate_classes(self) -> None:
-        # Adam's momenta of units that fell silent decay to denormal numbers, which arithmetic is slow on.
-        # Threads take this over from the one that starts them.
-        torch.set_flush_denormal(True)
-        torch.set_num_threads(self.options.torch_threads)
-        keep_freed_memory()
-        self.version: str | None = None
+        prepare_process(self.options.torch_threads)
         if self.subcommand == "fit" and self.options.ckpt_path in ("last", "best"):
-            run = LOGS / self.options.name
-            found = checkpoints.newest_whole(run, self.options.ckpt_path, versions="*")
-            if found is None:
-                say(f"no whole checkpoint under {run}: from the start")
-            else:
-                is_it = found.stem == self.options.ckpt_path
-                say(f"from {found}" + ("" if is_it else " (last.ckpt is missing or damaged)"))
-            self.options.ckpt_path = None if found is None else str(found)
+            self.options.ckpt_path = self._newest_checkpoint(self.options.ckpt_path)
         elif self.subcommand != "fit" and self.options.ckpt_path is None and self.options.config is None:
             raise UserError(f"{self.subcommand} needs a trained agent: give --ckpt_path P (or last, or best)")
+        self.version: str | None = None
         self.checkpoint: Mapping[str, Any] | None = None
         if self.options.ckpt_path is not None:
             path = Path(self.options.ckpt_path)
@@ -154,6 +143,16 @@ class LitRLCLI(LightningCLI):
         for unused in ("verbose", "return_predictions"):
             if unused in self.options:
                 self.options[unused] = False
+
+    def _newest_checkpoint(self, which: str) -> str | None:
+        """The path of the run's `last` or `best` checkpoint, None if it has none; says which it is."""
+        run = LOGS / self.options.name
+        found = checkpoints.newest_whole(run, which, versions="*")
+        if found is None:
+            say(f"no whole checkpoint under {run}: from the start")
+            return None
+        say(f"from {found}" + ("" if found.stem == which else " (last.ckpt is missing or damaged)"))
+        return str(found)
 
     def _check_folders(self) -> None:
         if self.subcommand == "fit":
@@ -221,6 +220,10 @@ class LitRLCLI(LightningCLI):
                     f"the checkpoint was trained on {trained_on}, not on {self.options.env.id}: go on with "
                     "that, or start anew without --ckpt_path"
                 )
+            if self.subcommand == "fit" and self.checkpoint.get("frames", 0) >= self.model.total_frames:
+                say(
+                    f"all {self.model.total_frames:,} frames are trained: raise --model.total_frames to go on"
+                )
         if self.subcommand == "fit":
             self.model.check_data(self.datamodule)
 
@@ -285,6 +288,15 @@ class LitRLCLI(LightningCLI):
         episodes, frames = self.model.evaluated
         when = "" if frames == self.model.frames else f" after {frames:,} frames"
         say(f"{line} ({episodes} {how} episodes of {self.options.env.id}{when})")
+
+
+def prepare_process(torch_threads: int) -> None:
+    """What holds for all arithmetic and memory of this process."""
+    # Adam's momenta of units that fell silent decay to denormal numbers, which arithmetic is slow on.
+    # Threads take this over from the one that starts them.
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(torch_threads)
+    keep_freed_memory()
 
 
 def listed(given: Any) -> list[Any]:

@@ -149,7 +149,8 @@ def test_ctrl_c_is_a_signal_like_another() -> None:
 def test_a_finished_run_has_nothing_to_do() -> None:
     assert fit().code == 0
     before = last()
-    go_on()
+    done = go_on()
+    assert f"\nall {TOTAL} frames are trained: raise --model.total_frames to go on\n" in done.out
     assert equal(before, last())
     assert last()["frames"] == TOTAL
     assert steps("train/lr")[-1] == TOTAL
