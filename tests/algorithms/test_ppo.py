@@ -107,6 +107,15 @@ def test_bf16_mixed(trunk: str) -> None:
     assert not torch.equal(parameters(model), parameters(exact))
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_bf16_mixed_minibatches_see_what_the_ones_before_have_learnt(learns: bool) -> None:
+    """All are in one autocast, whose cache of rounded weights Lightning turns off; only the trunk learns."""
+    rates = {"lr": 0.0, "trunk_lr": 1e-2 if learns else 0.0}
+    _, records = train(walk(), num_epochs=2, num_minibatches=1, **rates, trainer={"precision": "bf16-mixed"})
+    [kl] = records.series("train/approx_kl")
+    assert (kl > 1e-6) == learns
+
+
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
 def test_other_precisions_are_refused(precision: str) -> None:
     with pytest.raises(UserError, match=f"{precision}.*bf16-mixed"):
