@@ -269,6 +269,9 @@ class LitDQN(LitAgent):
         super().on_train_start()
         if 0 in gather_list([len(self._replay())]):
             self._replay_began = self.frames
+        first_update = self._replay_began + self.learning_starts
+        if self.frames < self.total_frames < first_update and self.trainer.is_global_zero:
+            print(f"nothing will be learnt before frame {first_update:,}: lower model.learning_starts")
         self.set_learning_rates()  # a checkpoint's optimizer has the rates of the run that made it
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = self.weight_decay

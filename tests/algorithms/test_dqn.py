@@ -292,6 +292,16 @@ def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------ guards
 
 
+@pytest.mark.parametrize(("learning_starts", "learns"), [(64, True), (65, False)])
+def test_a_run_too_short_to_learn_says_so(
+    learning_starts: int, learns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, _, _ = train(walk(), total_frames=64, learning_starts=learning_starts)
+    assert (model.trainer.global_step > 0) == learns
+    line = "nothing will be learnt before frame 65: lower model.learning_starts\n"
+    assert (line in capsys.readouterr().out) != learns
+
+
 def test_checkpoints_of_other_heads_are_refused() -> None:
     """By what their numbers mean, whether or not all tensors have the same shapes."""
     saved = LitDQN(walk(), head=partial(CategoricalQ, v_min=-5.0, v_max=5.0))
