@@ -3,8 +3,8 @@
 What a resumed run finds again, to the bit: weights, normalisation and reward statistics, the optimizer's
 state, the frame count (and so learning rates and schedules), the best score, and the random states of
 python, numpy, torch and (but for workers) action sampling, of every rank. Off-policy runs find their
-target network, too, and go on with the replay that was saved beside last.ckpt. Two resumes from one
-checkpoint are equal.
+target network, too, and go on with the replay that was saved with last.ckpt; other checkpoints have none of
+their own. Two resumes from one checkpoint are equal.
 
 What it does not: simulators cannot be saved, so every environment starts a new episode (other than the
 first ones, seeded by the run's seed and the frame count), and with it memory, the discounted return that

@@ -1,9 +1,9 @@
 """Deep Q-learning over any trunk, from windows of experience.
 
-DQN (Mnih et al. 2015, Nature 518) with what Rainbow (Hessel et al. 2018, arXiv 1710.02298) put together, on
-sequences as in R2D2 (Kapturowski et al. 2019, ICLR) and with the latents of Latent Mamba-DQN in the replay.
-One update reads from top to bottom in
-`lit_rl.algorithms.window_loss`; here is what surrounds it.
+DQN (Mnih et al. 2015, Nature 518) with what Rainbow (Hessel et al. 2018, arXiv 1710.02298) put together but
+for noisy networks, on sequences as in R2D2 (Kapturowski et al. 2019, ICLR) and with the latents of Latent
+Mamba-DQN in the replay. One update reads from top to bottom in `lit_rl.algorithms.window_loss`; here is what
+surrounds it.
 """
 
 from __future__ import annotations

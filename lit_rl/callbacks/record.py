@@ -56,7 +56,8 @@ class RunLogger(TensorBoardLogger):
 class RunRecord(L.Callback):
     """Writes `config.yaml`, its text and the final metrics to TensorBoard, and `learning_curve.png`.
 
-    The configuration also travels in every checkpoint, so that a checkpoint alone can be evaluated.
+    While it trains, the folder of a `RunLogger` is locked. The configuration also travels in every
+    checkpoint, so that a checkpoint alone can be evaluated.
 
     Args:
         config: the resolved configuration as YAML.

@@ -85,8 +85,8 @@ class ReplayDataModule(EnvDataModule):
         storage: in `memory`, or memory-mapped on `disk` (for images).
         save_replay: save the replay beside the last checkpoint. The one before it is deleted by
             `lit_rl.checkpoints.LastCheckpoint`, which the command adds; a Trainer without it keeps all.
-        load_replay: a run that goes on from a checkpoint goes on with the replay beside it; with an empty one
-            otherwise.
+        load_replay: a run that goes on from a checkpoint takes the replay that this names, and is refused if
+            it is gone. If false, or where the checkpoint names none, it begins with an empty one.
         options: of `EnvDataModule`.
 
     Raises:
@@ -198,14 +198,14 @@ class ReplayDataModule(EnvDataModule):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The collectors' state, and the name of the folder beside the checkpoint that has the replay."""
+        """The collectors' state, and the name of the replay's folder beside the last checkpoint."""
         state = super().state_dict()
         if self.replay is not None and self.save_replay:
             state[REPLAY] = self._save_replay()
         return state
 
     def _save_replay(self) -> str:
-        """Every rank its own. What an older checkpoint refers to stays until that is replaced."""
+        """Every rank its own. What the last checkpoint refers to stays until that is replaced."""
         trainer, replay = self.trainer, self.replay
         assert trainer is not None
         assert replay is not None
