@@ -25,12 +25,14 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.errors import UserError
+from lit_rl.ranks import together
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -58,11 +60,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt` after every epoch, and when the run is told to stop (see `callbacks.stop`)."""
+    """`last.ckpt` after every epoch, and when the run is told to stop (see `callbacks.stop`).
+
+    While a run trains no other process may train in the folder of its checkpoints.
+    """
 
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
         self._frames_saved = 0
+        self._lock: FileLock | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # before the checkpoint, or the replay beside it, is read
+            together(lambda: self._claim_folder() if trainer.is_global_zero else None)
+
+    def _claim_folder(self) -> None:
+        folder = Path(str(self.dirpath))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "run.lock", blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is training with the checkpoints in {folder}: wait for it, stop it, or "
+                "start anew without --ckpt_path"
+            ) from error
+        except (OSError, NotImplementedError):
+            return  # this file system has no locks
+        self._lock = lock
+
+    def _leave_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._leave_folder()
 
     def _should_skip_saving_checkpoint(self, trainer: L.Trainer) -> bool:
         # Lightning goes by optimizer steps; before the first one there are frames, and a replay, to lose.
@@ -83,8 +118,11 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         # Any other exception may have left weights half-way through an update.
         told = isinstance(exception, SIGTERMException) and trainer.training
-        if told and not self._is_saved(trainer):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        try:
+            if told and not self._is_saved(trainer):
+                self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        finally:
+            self._leave_folder()
 
 
 def is_whole(path: Path) -> bool:

@@ -214,18 +214,20 @@ class LitRLCLI(LightningCLI):
         self.model.check_precision(self.trainer.precision)
         if self.checkpoint is not None:
             self.model.check_checkpoint(self.checkpoint)
-            trained_on = self.checkpoint.get("environment", self.options.env.id)
-            if self.subcommand == "fit" and trained_on != self.options.env.id:
-                raise UserError(
-                    f"the checkpoint was trained on {trained_on}, not on {self.options.env.id}: go on with "
-                    "that, or start anew without --ckpt_path"
-                )
-            if self.subcommand == "fit" and self.checkpoint.get("frames", 0) >= self.model.total_frames:
-                say(
-                    f"all {self.model.total_frames:,} frames are trained: raise --model.total_frames to go on"
-                )
         if self.subcommand == "fit":
+            self._check_going_on(self.checkpoint or {})
             self.model.check_data(self.datamodule)
+
+    def _check_going_on(self, checkpoint: Mapping[str, Any]) -> None:
+        env_id, total_frames = self.options.env.id, self.model.total_frames
+        trained_on = checkpoint.get("environment", env_id)
+        if trained_on != env_id:
+            raise UserError(
+                f"the checkpoint was trained on {trained_on}, not on {env_id}: go on with that, or start "
+                "anew without --ckpt_path"
+            )
+        if checkpoint.get("frames", 0) >= total_frames:
+            say(f"all {total_frames:,} frames are trained: raise --model.total_frames to go on")
 
     # ------------------------------------------------------------------ subcommands
 

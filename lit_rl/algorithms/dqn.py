@@ -267,11 +267,15 @@ class LitDQN(LitAgent):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if 0 in gather_list([len(self._replay())]):
+        begins_empty = 0 in gather_list([len(self._replay())])
+        if begins_empty:
             self._replay_began = self.frames
-        first_update = self._replay_began + self.learning_starts
-        if self.frames < self.total_frames < first_update and self.trainer.is_global_zero:
-            print(f"nothing will be learnt before frame {first_update:,}: lower model.learning_starts")
+        if self.trainer.is_global_zero and self.frames < self.total_frames:
+            first_update = self._replay_began + self.learning_starts
+            if self.total_frames < first_update:
+                print(f"nothing will be learnt before frame {first_update:,}: lower model.learning_starts")
+            elif begins_empty and self.frames:
+                print(f"the replay is empty: learning goes on at frame {first_update:,}")
         self.set_learning_rates()  # a checkpoint's optimizer has the rates of the run that made it
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = self.weight_decay

@@ -8,20 +8,16 @@ from typing import Any
 
 import lightning as L
 import yaml
-from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rl.algorithms.base import LitAgent
-from lit_rl.errors import UserError
-from lit_rl.ranks import is_first, together
+from lit_rl.ranks import is_first
 
 CURVES = {"episode/return": "training episodes", "val/return": "evaluation"}
 
 
 class RunLogger(TensorBoardLogger):
     """Claims the folder of its version, so that runs of one name that start together get one each."""
-
-    _lock: FileLock | None = None
 
     def _get_next_version(self) -> int:
         version = super()._get_next_version()
@@ -33,31 +29,11 @@ class RunLogger(TensorBoardLogger):
                 version += 1
         return version
 
-    def lock(self) -> None:
-        """Keeps other processes from this folder until training ends; raises `UserError` if one is at it."""
-        folder = Path(self.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "run.lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"another process is training in {folder}: wait for it or stop it, or start anew without "
-                "--ckpt_path"
-            ) from error
-        self._lock = lock
-
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if self._lock is not None:
-            self._lock.release()
-
 
 class RunRecord(L.Callback):
     """Writes `config.yaml`, its text and the final metrics to TensorBoard, and `learning_curve.png`.
 
-    While it trains, the folder of a `RunLogger` is locked. The configuration also travels in every
-    checkpoint, so that a checkpoint alone can be evaluated.
+    The configuration also travels in every checkpoint, so that a checkpoint alone can be evaluated.
 
     Args:
         config: the resolved configuration as YAML.
@@ -69,9 +45,6 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not at set-up: whatever is wrong with a configuration or a replay has been found by now.
         folder = trainer.log_dir  # asks all processes: every one must come by
-        if isinstance(trainer.logger, RunLogger):
-            logger = trainer.logger
-            together(lambda: logger.lock() if trainer.is_global_zero else None)
         if trainer.is_global_zero and trainer.loggers and folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, "config.yaml").write_text(self.config)

@@ -86,7 +86,8 @@ class ReplayDataModule(EnvDataModule):
         save_replay: save the replay beside the last checkpoint. The one before it is deleted by
             `lit_rl.checkpoints.LastCheckpoint`, which the command adds; a Trainer without it keeps all.
         load_replay: a run that goes on from a checkpoint takes the replay that this names, and is refused if
-            it is gone. If false, or where the checkpoint names none, it begins with an empty one.
+            it is gone. If false, or where the checkpoint names none, it begins with an empty one, which takes
+            the place of the saved one when it is saved itself.
         options: of `EnvDataModule`.
 
     Raises:

@@ -60,7 +60,7 @@ class WindowReplay:
         *,
         alpha: float = 0.0,
         storage: Literal["memory", "disk"] = "memory",
-        made_with: Mapping[str, int | bool] | None = None,
+        made_with: Mapping[str, int] | None = None,
         seed: int = 0,
     ) -> None:
         self.capacity = capacity

@@ -174,6 +174,9 @@ def test_not_saving_is_not_deleting_and_not_forgetting() -> None:
     assert dqn_probes.same(dqn_probes.read("after", "start")["replay"], before)
     assert "replay" not in last()["ReplayDataModule"]
     assert replays() == [f"frames_{STOPPED}"]
+    done = go_on(f"--model.total_frames={TOTAL + EPOCH}", "--data.save_replay=false")
+    assert f"\nthe replay is empty: learning goes on at frame {TOTAL + 32}\n" in done.out
+    assert replays() == [f"frames_{STOPPED}"]
 
 
 def test_going_on_with_an_empty_replay_though_one_was_saved() -> None:

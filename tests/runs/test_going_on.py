@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import CARTPOLE, Done, listing, run
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rl import checkpoints
-from lit_rl.callbacks import RunLogger
 
 ROLLOUT, EPOCH, TOTAL = 32, 96, 256  # frames; the last epoch is short of a rollout
 OPTIONS = (
@@ -205,19 +205,17 @@ def test_a_damaged_last_falls_back_on_best() -> None:
 
 def test_only_one_process_trains_in_a_folder() -> None:
     stopped("while learning")
-    other = RunLogger("logs", name="it", version="version_0")
-    other.lock()
-    before, shown = listing(FOLDER), steps("train/lr")
-    done = fit("--ckpt_path=last")
-    assert done.code == 2
-    [line] = done.err.splitlines()
-    assert line.startswith("lit-rl: error: another process is training in ")
-    assert "it/version_0: wait for it or stop it, or start anew without --ckpt_path" in line
-    after = listing(FOLDER)
-    assert {name: after[name] for name in before} == before  # Lightning adds an empty file of events
-    assert steps("train/lr") == shown
-    assert fit().code == 0  # a folder of its own
-    other.finalize("success")
+    with FileLock(LAST.with_name("run.lock")):
+        before, shown = listing(FOLDER), steps("train/lr")
+        done = fit("--ckpt_path=last")
+        assert done.code == 2
+        [line] = done.err.splitlines()
+        assert line.startswith("lit-rl: error: another process is training with the checkpoints in ")
+        assert "it/version_0/checkpoints: wait for it, stop it, or start anew without --ckpt_path" in line
+        after = listing(FOLDER)
+        assert {name: after[name] for name in before} == before  # Lightning adds an empty file of events
+        assert steps("train/lr") == shown
+        assert fit().code == 0  # a folder of its own
     go_on()
 
 
