@@ -86,6 +86,7 @@ def test_the_files_it_leaves(trained):
         "learning_curve.png",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "checkpoints/run.lock",
     }
     with Image.open(run / "learning_curve.png") as picture:
         picture.load()
