@@ -17,6 +17,7 @@ not learnt from.
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_rl.algorithms.base import LitAgent
 from lit_rl.errors import UserError
 from lit_rl.ranks import together
+
+# What a file system without locks says; a run goes without one there.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -86,8 +90,9 @@ class LastCheckpoint(ModelCheckpoint):
                 f"another process is training with the checkpoints in {folder}: wait for it, stop it, or "
                 "start anew without --ckpt_path"
             ) from error
-        except (OSError, NotImplementedError):
-            return  # this file system has no locks
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         self._lock = lock
 
     def _leave_folder(self) -> None:

@@ -1,5 +1,8 @@
 """Runs that are stopped and go on: by the command, with `--ckpt_path last`."""
 
+import errno
+import fcntl
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -223,6 +226,22 @@ def test_only_one_process_trains_in_a_folder() -> None:
         assert steps("train/lr") == shown
         assert fit().code == 0  # a folder of its own
     go_on()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_only_a_file_system_without_locks_goes_without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = fit(f"--model.total_frames={ROLLOUT}")
+    if number == errno.EIO:
+        assert done.code == 2
+        assert done.err == f"lit-rl: error: [Errno {number}] {os.strerror(number)} (OSError)\n"
+        assert not LAST.exists()
+    else:
+        assert done.code == 0, done.err
+        assert LAST.exists()
 
 
 def test_another_name_is_another_run() -> None:
