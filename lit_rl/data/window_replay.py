@@ -177,7 +177,7 @@ class WindowReplay:
             mine = self._format(like) | {"windows": saved["windows"]}
             different = [key for key in mine | saved if saved.get(key) != mine.get(key)]
             if saved["windows"] and different:
-                key, *_ = different
+                key = different[0]
                 raise UserError(
                     f"the replay at {folder} holds other windows: {key} is {saved.get(key, 'absent')} there "
                     f"and {mine.get(key, 'absent')} in this run: use the options of the run that made it, or "
