@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from lit_rl.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,12 @@ def run(*arguments: object) -> Done:
         except SystemExit as end:  # --help and --print_config
             code = int(end.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def shown_at(folder: Path, tag: str) -> list[int]:
+    """The frames at which a run's TensorBoard shows a value."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in events.Scalars(tag)]
 
 
 def listing(folder: Path) -> dict[str, bytes]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import dqn_probes
 import pytest
-from cli_helpers import Done, run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from cli_helpers import Done, run, shown_at
 
 from lit_rl import checkpoints
 
@@ -199,9 +198,7 @@ def test_filling_up_again_survives_a_stop() -> None:
 
 
 def evaluated_at() -> list[int]:
-    """The frames of the evaluations that TensorBoard shows."""
-    events = EventAccumulator(str(FOLDER.parent), size_guidance={"scalars": 0}).Reload()
-    return [event.step for event in events.Scalars("val/return")]
+    return shown_at(FOLDER.parent, "val/return")
 
 
 def test_best_without_its_replay() -> None:

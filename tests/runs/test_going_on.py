@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import CARTPOLE, Done, listing, run
+from cli_helpers import CARTPOLE, Done, listing, run, shown_at
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -70,9 +70,7 @@ def last() -> dict[str, Any]:
 
 
 def steps(tag: str) -> list[int]:
-    """The frames at which the run's TensorBoard shows a value."""
-    events = EventAccumulator(str(FOLDER), size_guidance={"scalars": 0}).Reload()
-    return [event.step for event in events.Scalars(tag)]
+    return shown_at(FOLDER, tag)
 
 
 def tensors(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
