@@ -51,9 +51,9 @@ class Windowed(Trunk):
     def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
         B, T, _ = x.shape
         features, starts = self._with_past(x, state, is_init)
-        y, _ = self._trunk[0](*self._windows(features, starts))
+        y = self._trunk[0].last_steps(*self._windows(features, starts), 1)
         past = {FEATURES: features[:, T:], STARTS: pad(starts[:, T:], (0, 1))}
-        return y[:, -1].view(B, T, -1), TensorDict(past, batch_size=state.batch_size, device=state.device)
+        return y.view(B, T, -1), TensorDict(past, batch_size=state.batch_size, device=state.device)
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
         """``[B, T, T]`` a layer of a trunk that has such maps: what each step takes of those in its window.

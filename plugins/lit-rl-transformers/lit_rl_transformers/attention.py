@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lit_rl.trunks import Linear
+from lit_rl.trunks import Linear, linear
 from lit_rl_transformers.window import Window
 
 # kv [B, M, E]: the last M steps, the latest last, zeros before the episode; age [B].
@@ -77,22 +77,17 @@ class WindowAttention(nn.Module):
         """Weights between the steps of a pass, ``[B, T, T]``: mean over heads, without those on the cache."""
         return self.weights(x_BTD, state["kv"], self.window(state["age"], is_init_BT))
 
-    def window(self, age_B: Tensor, is_init_BT: Tensor) -> Window:
-        """What one pass of any number of such layers needs to know once."""
-        return Window.of_pass(age_B, is_init_BT, self.memory, self.out.weight.dtype)
+    def window(self, age_B: Tensor, is_init_BT: Tensor, queries: int | None = None) -> Window:
+        """What one pass of any number of such layers needs to know once; see `Window.of_pass`."""
+        return Window.of_pass(age_B, is_init_BT, self.memory, self.out.weight.dtype, queries)
 
     def attend(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Output ``[B, T, D]`` and the cache after the pass, ``[B, M, E]``."""
-        q_BTD, new_BTE = self._project(x_BTD, window)
+        """Output of the steps with a query, ``[B, Q, D]``, and the cache after the pass, ``[B, M, E]``."""
+        q_BQD, new_BTE = self._project(x_BTD, window)
         with _exact(kv_BME):
-            heads, kv_BME = self._heads(q_BTD, new_BTE, kv_BME, window)
+            heads, kv_BME = self._heads(q_BQD, new_BTE, kv_BME, window)
             y_GHSC = scaled_dot_product_attention(*heads)
         return self.out(window.join(y_GHSC.transpose(1, 2).flatten(2))), kv_BME
-
-    def remember(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
-        """The cache after the pass alone, ``[B, M, E]``."""
-        _, new_BTE = self._project(x_BTD, window)
-        return window.cache_after(kv_BME, new_BTE.to(kv_BME.dtype))
 
     def weights(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
         """As `attention_map`, with a window at hand."""
@@ -102,9 +97,9 @@ class WindowAttention(nn.Module):
             scores_GHSW = q_GHSC @ k_GHWC.mT * q_GHSC.shape[-1] ** -0.5 + bias
         return window.square(scores_GHSW.softmax(dim=-1).mean(dim=1))
 
-    def _heads(self, q_BTD: Tensor, new_BTE: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
+    def _heads(self, q_BQD: Tensor, new_BTE: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
         read_GWE, kv_BME = window.slide(kv_BME, new_BTE.to(kv_BME.dtype))
-        q_GSD = window.cut(q_BTD.to(kv_BME.dtype))
+        q_GSD = window.cut(q_BQD.to(kv_BME.dtype))
         G, S, _ = q_GSD.shape
         q_GHSC = q_GSD.view(G, S, self.n_heads, -1).transpose(1, 2)
         k_GHWC, v_GHWC = read_GWE.view(G, -1, 2, self.n_heads, self.head_width).permute(2, 0, 3, 1, 4)
@@ -112,8 +107,12 @@ class WindowAttention(nn.Module):
         return Heads(q_GHSC, k_GHWC, v_GHWC, bias), kv_BME
 
     def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, T, D]`` and new slots ``[B, T, E]`` of the cache."""
-        return self.qkv(x_BTD).split([self.d_model, 2 * self.d_model], dim=2)
+        """Queries ``[B, Q, D]`` and new slots ``[B, T, E]`` of the cache."""
+        sizes = [self.d_model, 2 * self.d_model]
+        if not window.early:
+            return self.qkv(x_BTD).split(sizes, dim=2)
+        to_query, to_slot = self.qkv.weight.split(sizes)
+        return linear(window.asking(x_BTD), to_query), linear(x_BTD, to_slot)
 
     def _score(self, q_GHSC: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """The queries, and what their scores gain beside the product with the keys."""

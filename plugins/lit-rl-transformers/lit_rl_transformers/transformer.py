@@ -43,14 +43,10 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_model)
 
     def forward(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """The stream and the cache after this layer."""
-        attended_BTD, kv_BME = self.attention.attend(self.attention_norm(x_BTD), kv_BME, window)
-        x_BTD = self.join_attention(x_BTD, attended_BTD)
-        return self.join_mlp(x_BTD, self.mlp(self.mlp_norm(x_BTD))), kv_BME
-
-    def remember(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
-        """The cache after this layer alone."""
-        return self.attention.remember(self.attention_norm(x_BTD), kv_BME, window)
+        """The stream of the steps with a query, and the cache, after this layer."""
+        attended_BQD, kv_BME = self.attention.attend(self.attention_norm(x_BTD), kv_BME, window)
+        x_BQD = self.join_attention(window.asking(x_BTD), attended_BQD)
+        return self.join_mlp(x_BQD, self.mlp(self.mlp_norm(x_BQD))), kv_BME
 
     def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
         """The stream after the attention."""
@@ -105,25 +101,19 @@ class AttentionTrunk(Trunk):
         return maps
 
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
-        """See `Trunk`; of the steps before these, the last layer computes only what its cache takes in."""
-        early = x.shape[1] - steps
-        if early < 1:
-            return super().last_steps(x, state, is_init, steps)
+        """See `Trunk`; of the steps before these, the last layer computes keys and values alone."""
         x_BTD, caches = self._enter(x, state, is_init)
-        *lower, (key, last) = self._stack()
+        *lower, (last_key, last) = self._stack()
         if lower:
             window = self._window(caches["age"], is_init)
-            for lower_key, layer in lower:
-                x_BTD, _ = layer(x_BTD, caches[lower_key], window)
-        before = self._window(caches["age"], is_init[:, :early])
-        after = self._window(before.age_after_B, is_init[:, early:])
-        kv_BME = last.remember(x_BTD[:, :early], caches[key], before)
-        x_BTD, _ = last(x_BTD[:, early:], kv_BME, after)
-        return self.last(x_BTD)
+            for key, layer in lower:
+                x_BTD, _ = layer(x_BTD, caches[key], window)
+        x_BQD, _ = last(x_BTD, caches[last_key], self._window(caches["age"], is_init, steps))
+        return self.last(x_BQD)
 
-    def _window(self, age_B: Tensor, is_init_BT: Tensor) -> Window:
+    def _window(self, age_B: Tensor, is_init_BT: Tensor, queries: int | None = None) -> Window:
         _, first = next(self._stack())
-        return first.attention.window(age_B, is_init_BT)
+        return first.attention.window(age_B, is_init_BT, queries)
 
     def _enter(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         entries = self.entries(x, state, is_init, self._state_shapes)

@@ -9,8 +9,11 @@ time and memory are linear in T: no T x (M + T) matrix of mostly hidden scores. 
 from the cache, the new steps and a row of zeros, which stands for every slot that holds nothing. Whatever a
 cache has in such slots, even NaN, is therefore never read, and is zero in the cache that the pass returns.
 
-Shapes: B rows, T steps, M = memory, N blocks, S queries a block, W = M + S keys a block, d the M + 1
-distances from M down to 0, D features, E numbers a slot, G = B * N.
+Where only the last Q steps of a pass ask, these are cut into blocks, and of what came before them the last M
+slots are laid out.
+
+Shapes: B rows, T steps, Q of them with a query, M = memory, N blocks, S queries a block, W = M + S keys a
+block, d the M + 1 distances from M down to 0, D features, E numbers a slot, G = B * N.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Window:
     """Blocks, visibility and cache slots of one pass over T steps."""
 
     memory: int
-    steps: int
+    queries: int
+    early: int
+    """Steps before those with a query."""
     blocks: int
     block_steps: int
     age_BT: Tensor
@@ -56,30 +61,37 @@ class Window:
     """Cosine and sine of each step's angles, ``[B, T, 1, C]``, where the attention turns by position."""
 
     @classmethod
-    def of_pass(cls, age_B: Tensor, is_init_BT: Tensor, memory: int, dtype: torch.dtype) -> Window:
-        """The window of a pass that `age_B` steps of each row's episode precede; scores have `dtype`."""
+    def of_pass(
+        cls, age_B: Tensor, is_init_BT: Tensor, memory: int, dtype: torch.dtype, queries: int | None = None
+    ) -> Window:
+        """The window of a pass that `age_B` steps of each row's episode precede; scores have `dtype`.
+
+        The last `queries` steps have a query, all if None.
+        """
         (B, T), device = is_init_BT.shape, is_init_BT.device
-        blocks = -(-T // max(memory, SHORTEST_BLOCK))
-        block_steps = -(-T // blocks)
-        missing = blocks * block_steps - T
+        queries = T if queries is None else queries
+        early = T - queries
+        blocks = -(-queries // max(memory, SHORTEST_BLOCK))
+        block_steps = -(-queries // blocks)
+        missing = blocks * block_steps - queries
 
         age_BT = episode_ages(age_B, is_init_BT)
-        age_BNS1 = _pad_end(age_BT, missing).view(B, blocks, block_steps, 1)
+        age_BNS1 = _pad_end(age_BT[:, early:], missing).reshape(B, blocks, block_steps, 1)
         hidden_BNSd = torch.arange(memory, -1, -1, device=device) > age_BNS1
         bias_BNSd = torch.zeros(hidden_BNSd.shape, dtype=dtype, device=device).masked_fill_(
             hidden_BNSd, HIDDEN
         )
 
-        # As `slide` joins them: a slot of zeros, M of the cache, T new. Slot 0 stands for all zeros.
-        slot_BP = torch.arange(B * (1 + memory + T), device=device).view(B, -1)[:, 1:]
-        back_P = torch.arange(memory, -T, -1, device=device)  # steps from each slot to the first new step
+        # As `_slots` joins them: a slot of zeros, M before the first query, Q. Slot 0 stands for all zeros.
+        slot_BP = torch.arange(B * (1 + memory + queries), device=device).view(B, -1)[:, 1:]
+        back_P = torch.arange(memory - early, -T, -1, device=device)  # steps from each to the first new one
         from_entry_BP = slot_BP.masked_fill(back_P > age_BT[:, :1], 0)
         read = _pad_end(from_entry_BP, missing).unfold(1, memory + block_steps, block_steps).flatten()
         keep = None
         if T > 1:
             from_end_BP = slot_BP.masked_fill(back_P + (T - 1) > age_BT[:, -1:], 0)
-            keep = from_end_BP[:, T:].flatten()
-        return cls(memory, T, blocks, block_steps, age_BT, bias_BNSd, read, keep)
+            keep = from_end_BP[:, queries:].flatten()
+        return cls(memory, queries, early, blocks, block_steps, age_BT, bias_BNSd, read, keep)
 
     @property
     def age_after_B(self) -> Tensor:
@@ -95,26 +107,26 @@ class Window:
             return read_GWE, read_GWE[:, 1:]
         return read_GWE, slots.index_select(0, self.keep).view(B, self.memory, E)
 
-    def cache_after(self, cache_BME: Tensor, new_BTE: Tensor) -> Tensor:
-        """The cache after the pass alone, ``[B, M, E]``."""
-        if self.keep is None:
-            return self.slide(cache_BME, new_BTE)[1]
-        slots = self._slots(cache_BME, new_BTE)
-        return slots.index_select(0, self.keep).view(cache_BME.shape)
-
     def _slots(self, cache_BME: Tensor, new_BTE: Tensor) -> Tensor:
+        """Rows of `read` and `keep`, ``[B * (1 + M + Q), E]``."""
         B, _, E = new_BTE.shape
+        if self.early:
+            cache_BME, new_BTE = cache_BME[:, self.early :], new_BTE[:, max(self.early - self.memory, 0) :]
         return torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
 
-    def cut(self, x_BTD: Tensor) -> Tensor:
-        """``[B, T, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
-        missing = self.blocks * self.block_steps - self.steps
-        x_BTD = pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD
-        return x_BTD.reshape(-1, self.block_steps, x_BTD.shape[2])
+    def asking(self, x_BT: Tensor) -> Tensor:
+        """Of ``[B, T, ...]`` the steps with a query, ``[B, Q, ...]``."""
+        return x_BT[:, self.early :] if self.early else x_BT
+
+    def cut(self, x_BQD: Tensor) -> Tensor:
+        """``[B, Q, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
+        missing = self.blocks * self.block_steps - self.queries
+        x_BQD = pad(x_BQD, (0, 0, 0, missing)) if missing else x_BQD
+        return x_BQD.reshape(-1, self.block_steps, x_BQD.shape[2])
 
     def join(self, x_GSD: Tensor) -> Tensor:
-        """Blocks ``[B*N, S, D]`` back to ``[B, T, D]``."""
-        return x_GSD.reshape(-1, self.blocks * self.block_steps, x_GSD.shape[2])[:, : self.steps]
+        """Blocks ``[B*N, S, D]`` back to ``[B, Q, D]``."""
+        return x_GSD.reshape(-1, self.blocks * self.block_steps, x_GSD.shape[2])[:, : self.queries]
 
     def align(self, bias: Tensor) -> Tensor:
         """Scores by distance ``[..., S, M + 1]`` to scores by key ``[..., S, W]``, elsewhere `HIDDEN`.
@@ -128,14 +140,15 @@ class Window:
         return pad(bias, (0, S), value=HIDDEN).flatten(-2)[..., : S * W].unflatten(-1, (S, W))
 
     def square(self, weights_GSW: Tensor) -> Tensor:
-        """Weights of the blocks ``[B*N, S, W]`` as ``[B, T, T]``; those on the cache are left out."""
+        """Weights of the blocks ``[B*N, S, W]`` as ``[B, T, T]``, where all T steps ask; no weights on the
+        cache."""
         weights_BNSW = weights_GSW.unflatten(0, (-1, self.blocks))
         padded = self.blocks * self.block_steps
         square = weights_GSW.new_zeros(weights_BNSW.shape[0], padded, self.memory + padded)
         for n, start in enumerate(range(0, padded, self.block_steps)):
             stop = start + self.block_steps
             square[:, start:stop, start : self.memory + stop] = weights_BNSW[:, n]
-        return square[:, : self.steps, self.memory : self.memory + self.steps]
+        return square[:, : self.queries, self.memory : self.memory + self.queries]
 
 
 def _pad_end(x_BT: Tensor, missing: int) -> Tensor:

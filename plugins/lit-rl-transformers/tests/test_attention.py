@@ -109,6 +109,17 @@ def test_slots_that_hold_nothing_are_never_read(steps):
     assert not gradient[is_empty].any()
 
 
+@pytest.mark.parametrize(("memory", "steps", "queries"), [(20, 9, 1), (3, 9, 2), (20, 30, 30), (3, 60, 40)])
+def test_where_the_last_steps_ask_alone(memory, steps, queries):
+    mixer, x, state, is_init = pass_in_flight(memory, steps)
+    is_empty = torch.arange(memory) < memory - state["age"][:, None]
+    cache = state["kv"].masked_fill(is_empty[..., None], torch.nan)
+    y, after = mixer(x, state, is_init)
+    y_alone, kv_alone = mixer.attend(x, cache, mixer.window(state["age"], is_init, queries))
+    torch.testing.assert_close(y_alone, y[:, -queries:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(kv_alone, after["kv"], rtol=0, atol=1e-12)
+
+
 def test_memory_ends_at_the_window():
     mixer, x, state, _ = pass_in_flight(4, 30)
     is_init = torch.zeros(3, 30, dtype=torch.bool)
