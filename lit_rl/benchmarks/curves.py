@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rl.errors import UserError, refused
@@ -118,26 +119,36 @@ def summary(values: Sequence[float], digits: int) -> str:
 
 
 def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
-    """Evaluations over frames: a colour for each name, a line for each seed."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
+    """Evaluations over frames: a panel for each name, in it a thin line for each seed and a thick one for
+    their mean."""
     names = list(dict.fromkeys(run.name for run in runs))
-    for number, run in enumerate(runs):
-        by_seed = len(names) == 1
-        label = f"seed {run.seed}" if by_seed else run.name
-        seen = {line.get_label() for line in axes.get_lines()}
-        axes.plot(
-            *zip(*run.evaluation, strict=True),
-            marker="o",
-            markersize=3,
-            color=f"C{number if by_seed else names.index(run.name)}",
-            label=label if label not in seen else None,
-        )
-    title = names[0] if len(names) == 1 else None
-    axes.set(xlabel="environment frames", ylabel=f"{metric} (greedy evaluation)", title=title)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    width = 9.0 if columns == 1 else 3.5 * columns
+    figure = Figure(figsize=(width, 1 + 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, name in zip(panels, names, strict=False):
+        mine = [run for run in runs if run.name == name]
+        for run in mine:
+            panel.plot(*zip(*run.evaluation, strict=True), marker="o", markersize=3, linewidth=0.8, alpha=0.6)
+        panel.plot(*zip(*mean_evaluation(mine), strict=True), color="black", linewidth=2)
+        panel.set_title(f"{name}, seeds {', '.join(str(run.seed) for run in mine)}", fontsize="small")
+        panel.grid(alpha=0.3)
+    for panel in panels[len(names) - columns : len(names)]:  # the lowest of each column
+        panel.tick_params(labelbottom=True)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel("environment frames")
+    figure.supylabel(f"{metric} (greedy evaluation)")
     figure.savefig(path, dpi=120)
+
+
+def mean_evaluation(runs: Sequence[Run]) -> Points:
+    """Over the seeds of a name, at the frames at which all were evaluated."""
+    values = [dict(run.evaluation) for run in runs]
+    shared = sorted(set(values[0]).intersection(*values[1:]))
+    return [(frames, float(np.mean([value[frames] for value in values]))) for frames in shared]
 
 
 def read_runs(folders: Sequence[Path], metric: str) -> list[Run]:

@@ -53,6 +53,12 @@ def test_td_losses_are_a_column_where_there_are_any(tmp_path: Path, capsys: pyte
     assert row == "| dqn | 1 | 0.50 | 1.00 | 0.10 | 0.5 |"
 
 
+def test_mean_is_of_the_frames_that_all_seeds_share() -> None:
+    one = curves.Run("one", 1, [(10, 1.0), (20, 3.0), (30, 9.0)], [], [])
+    two = curves.Run("one", 2, [(10, 2.0), (20, 6.0), (31, 8.0)], [], [])
+    assert curves.mean_evaluation([one, two]) == [(10, 1.5), (20, 4.5)]
+
+
 def test_sums_by_hand() -> None:
     assert curves.interquartile_mean([9.0, 1.0, 2.0, 3.0, 100.0]) == pytest.approx((2 + 3 + 9) / 3)
     assert curves.interquartile_mean([1.0, 3.0]) == 2.0
