@@ -132,7 +132,8 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
         for run in mine:
             panel.plot(*zip(*run.evaluation, strict=True), marker="o", markersize=3, linewidth=0.8, alpha=0.6)
         panel.plot(*zip(*mean_evaluation(mine), strict=True), color="black", linewidth=2)
-        panel.set_title(f"{name}, seeds {', '.join(str(run.seed) for run in mine)}", fontsize="small")
+        seeds = ", ".join(str(run.seed) for run in mine)
+        panel.set_title(f"{name}, seed{'s' * (len(mine) > 1)} {seeds}", fontsize="small")
         panel.grid(alpha=0.3)
     for panel in panels[len(names) - columns : len(names)]:  # the lowest of each column
         panel.tick_params(labelbottom=True)
