@@ -2,7 +2,8 @@
 
 ``python -m lit_rl.benchmarks.curves logs/ppo_halfcheetah --out logs/benchmarks/ppo_halfcheetah`` reads the
 TensorBoard events and configurations of the runs in one or more folders, prints a table, writes `curve.csv`
-and `curve.png`. ``--metric success`` draws successes in the place of returns. Several seeds are summed up as
+and `curve.png`. ``--metric success`` draws successes in the place of returns. Runs of one name are taken for
+seeds of one experiment, so give experiments names of their own. Several seeds are summed up as
 mean, interquartile mean and the 95 % bootstrap interval of the mean (Agarwal et al. 2021, arXiv 2108.13264).
 Columns of training are means over records, each the mean of the episodes that ended in it.
 """
@@ -14,6 +15,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +121,8 @@ def summary(values: Sequence[float], digits: int) -> str:
 
 
 def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
-    """Evaluations over frames: a panel for each name, in it a thin line for each seed and a thick one for
-    their mean."""
+    """Evaluations over frames: a panel for each name, in it a line for each seed and a black one for their
+    mean."""
     names = list(dict.fromkeys(run.name for run in runs))
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
@@ -130,10 +132,11 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     for panel, name in zip(panels, names, strict=False):
         mine = [run for run in runs if run.name == name]
         for run in mine:
-            panel.plot(*zip(*run.evaluation, strict=True), marker="o", markersize=3, linewidth=0.8, alpha=0.6)
-        panel.plot(*zip(*mean_evaluation(mine), strict=True), color="black", linewidth=2)
+            panel.plot(*zip(*run.evaluation, strict=True), marker="o", markersize=3, linewidth=0.8, alpha=0.7)
+        if len(mine) > 1 and (mean := mean_evaluation(mine)):
+            panel.plot(*zip(*mean, strict=True), color="black", linewidth=2)
         seeds = ", ".join(str(run.seed) for run in mine)
-        panel.set_title(f"{name}, seed{'s' * (len(mine) > 1)} {seeds}", fontsize="small")
+        panel.set_title(f"{name}\nseed{'s' * (len(mine) > 1)} {seeds}", fontsize="small")
         panel.grid(alpha=0.3)
     for panel in panels[len(names) - columns : len(names)]:  # the lowest of each column
         panel.tick_params(labelbottom=True)
@@ -142,6 +145,7 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supxlabel("environment frames")
     figure.supylabel(f"{metric} (greedy evaluation)")
+    figure.suptitle("a line for each seed, black: their mean", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -153,8 +157,8 @@ def mean_evaluation(runs: Sequence[Run]) -> Points:
 
 
 def read_runs(folders: Sequence[Path], metric: str) -> list[Run]:
-    """All runs ``folder/version_N``, by name and seed; raises `UserError` where a folder has none."""
-    runs = []
+    """All runs ``folder/version_N`` by name and seed; raises `UserError` if there are none, or one twice."""
+    runs: list[Run] = []
     for folder in folders:
         configs = list(folder.glob("*/config.yaml"))
         if not configs:
@@ -162,20 +166,31 @@ def read_runs(folders: Sequence[Path], metric: str) -> list[Run]:
                 f"{folder} holds no runs: name folders logs/NAME with version_N/config.yaml in them"
             )
         runs += [Run.read(config.parent, metric) for config in configs]
-    return sorted(runs, key=lambda run: (run.name, run.seed))
+    runs.sort(key=lambda run: (run.name, run.seed))
+    for run, following in pairwise(runs):
+        if (run.name, run.seed) == (following.name, following.seed):
+            raise UserError(
+                f"{run.name} has seed {run.seed} twice: move one version_N away, or name it otherwise"
+            )
+    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs of several seeds as one curve and one table.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, logs/NAME")
     parser.add_argument("--metric", choices=["return", "success"], default="return")
+    parser.add_argument(
+        "--digits", type=int, help="of the table; 2 for successes and 0 for returns if absent"
+    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     try:
         runs = read_runs(arguments.runs, arguments.metric)
     except UserError as error:
         return refused("curves", error)
-    digits = 2 if arguments.metric == "success" else 0
+    digits = arguments.digits
+    if digits is None:
+        digits = 2 if arguments.metric == "success" else 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -40,6 +40,8 @@ def test_seeds_of_two_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         "0.1", "0.5", "0.1", "1.0", "0.1", "0.25",
     ]  # fmt: skip
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert curves.main([*arguments, "--digits", "1"]) == 0
+    assert "| one | mean, IQM, interval | 0.8, 0.8, 0.5 to 1.0 |" in capsys.readouterr().out
 
 
 def test_td_losses_are_a_column_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -70,9 +72,17 @@ def test_sums_by_hand() -> None:
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fake_run(tmp_path / "one" / "version_0", 1, 0.5)
-    for arguments in ([str(tmp_path / "one")], [str(tmp_path), "--metric", "success"]):
+    for name in ("0", "1"):
+        fake_run(tmp_path / "again" / f"version_{name}", 4, 0.5)
+    success = ["--metric", "success"]
+    for arguments in (
+        [str(tmp_path / "one")],
+        [str(tmp_path), *success],
+        [str(tmp_path / "again"), *success],
+    ):
         assert curves.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "no val/return and episode/return" in lines[0]
     assert "holds no runs" in lines[1]
+    assert "again has seed 4 twice" in lines[2]
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ per head h of width C, over steps j of t's own episode (Vaswani et al. 2017, arX
 The cache holds projected keys and values, so that acting projects one step, not the whole memory. Gradients
 flow through them, within a pass and into the state given, because one pass must equal T passes of one.
 
-Shapes: B rows, T steps, D = d_model, M = memory, H heads, C = D / H, E = 2 D (key, value); all rows have G
-blocks of S queries and W keys (see `lit_rl_transformers.window`).
+Shapes: B rows, T steps, Q of them with a query (all, or the last alone), D = d_model, M = memory, H heads,
+C = D / H, E = 2 D (key, value); all rows have G blocks of S queries and W keys (see
+`lit_rl_transformers.window`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lit_rl.trunks import Linear, linear
+from lit_rl.trunks import Linear
 from lit_rl_transformers.window import Window
 
 # kv [B, M, E]: the last M steps, the latest last, zeros before the episode; age [B].
@@ -70,8 +71,8 @@ class WindowAttention(nn.Module):
     def forward(self, x_BTD: Tensor, state: State, is_init_BT: Tensor) -> tuple[Tensor, State]:
         """One pass, ``[B, T, D]`` to ``[B, T, D]``, as the trunk contract has it."""
         window = self.window(state["age"], is_init_BT)
-        y_BTD, kv_BME = self.attend(x_BTD, state["kv"], window)
-        return y_BTD, {"kv": kv_BME, "age": window.age_after_B}
+        y_BTD, slots = self.attend(x_BTD, state["kv"], window)
+        return y_BTD, {"kv": window.cache_after(slots), "age": window.age_after_B}
 
     def attention_map(self, x_BTD: Tensor, state: State, is_init_BT: Tensor) -> Tensor:
         """Weights between the steps of a pass, ``[B, T, T]``: mean over heads, without those on the cache."""
@@ -82,12 +83,12 @@ class WindowAttention(nn.Module):
         return Window.of_pass(age_B, is_init_BT, self.memory, self.out.weight.dtype, queries)
 
     def attend(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Output of the steps with a query, ``[B, Q, D]``, and the cache after the pass, ``[B, M, E]``."""
+        """Output of the steps with a query, ``[B, Q, D]``, and what `Window.cache_after` takes."""
         q_BQD, new_BTE = self._project(x_BTD, window)
         with _exact(kv_BME):
-            heads, kv_BME = self._heads(q_BQD, new_BTE, kv_BME, window)
+            heads, slots = self._heads(q_BQD, new_BTE, kv_BME, window)
             y_GHSC = scaled_dot_product_attention(*heads)
-        return self.out(window.join(y_GHSC.transpose(1, 2).flatten(2))), kv_BME
+        return self.out(window.join(y_GHSC.transpose(1, 2).flatten(2))), slots
 
     def weights(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> Tensor:
         """As `attention_map`, with a window at hand."""
@@ -98,21 +99,18 @@ class WindowAttention(nn.Module):
         return window.square(scores_GHSW.softmax(dim=-1).mean(dim=1))
 
     def _heads(self, q_BQD: Tensor, new_BTE: Tensor, kv_BME: Tensor, window: Window) -> tuple[Heads, Tensor]:
-        read_GWE, kv_BME = window.slide(kv_BME, new_BTE.to(kv_BME.dtype))
+        read_GWE, slots = window.slide(kv_BME, new_BTE.to(kv_BME.dtype))
         q_GSD = window.cut(q_BQD.to(kv_BME.dtype))
         G, S, _ = q_GSD.shape
         q_GHSC = q_GSD.view(G, S, self.n_heads, -1).transpose(1, 2)
         k_GHWC, v_GHWC = read_GWE.view(G, -1, 2, self.n_heads, self.head_width).permute(2, 0, 3, 1, 4)
         q_GHSC, bias = self._score(q_GHSC, window)
-        return Heads(q_GHSC, k_GHWC, v_GHWC, bias), kv_BME
+        return Heads(q_GHSC, k_GHWC, v_GHWC, bias), slots
 
     def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Queries ``[B, Q, D]`` and new slots ``[B, T, E]`` of the cache."""
-        sizes = [self.d_model, 2 * self.d_model]
-        if not window.early:
-            return self.qkv(x_BTD).split(sizes, dim=2)
-        to_query, to_slot = self.qkv.weight.split(sizes)
-        return linear(window.asking(x_BTD), to_query), linear(x_BTD, to_slot)
+        q_BTD, new_BTE = self.qkv(x_BTD).split([self.d_model, 2 * self.d_model], dim=2)
+        return window.asking(q_BTD), new_BTE
 
     def _score(self, q_GHSC: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """The queries, and what their scores gain beside the product with the keys."""

@@ -12,7 +12,7 @@ A positive b_g keeps z small at the start: the trunk begins near the identity, s
 and learns to remember from there. Where the paper has ReLU this has GELU, for the reason given in
 `lit_rl_transformers.transformer`. Cache and gradients are those of `lit_rl_transformers.transformer_xl`.
 
-Shapes: B rows, T time steps, D = d_model, ``...`` any dimensions.
+Shapes: B rows, Q time steps, D = d_model, ``...`` any dimensions.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class GatedLayer(Layer):
         self.attention_gate = GRUGate(attention.d_model, gate_bias)
         self.mlp_gate = GRUGate(attention.d_model, gate_bias)
 
-    def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
-        return self.attention_gate(x_BTD, gelu(update_BTD))
+    def join_attention(self, x_BQD: Tensor, update_BQD: Tensor) -> Tensor:
+        return self.attention_gate(x_BQD, gelu(update_BQD))
 
-    def join_mlp(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
-        return self.mlp_gate(x_BTD, gelu(update_BTD))
+    def join_mlp(self, x_BQD: Tensor, update_BQD: Tensor) -> Tensor:
+        return self.mlp_gate(x_BQD, gelu(update_BQD))
 
 
 class GTrXL(AttentionTrunk):

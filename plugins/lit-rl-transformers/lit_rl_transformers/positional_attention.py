@@ -45,19 +45,10 @@ class RotaryAttention(WindowAttention):
 
     def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         assert window.rotation is not None
-        if window.early:
-            q_BQD, new_BTE = super()._project(x_BTD, window)
-            k_BTD, v_BTD = new_BTE.chunk(2, dim=2)
-            cosine, sine = map(window.asking, window.rotation)
-            q_BQD, k_BTD = self._turn(q_BQD, (cosine, sine)), self._turn(k_BTD, window.rotation)
-        else:  # queries and keys at once
-            qk, v_BTD = self.qkv(x_BTD).split([2 * self.d_model, self.d_model], dim=2)
-            q_BQD, k_BTD = self._turn(qk, window.rotation).chunk(2, dim=2)
-        return q_BQD, torch.cat([k_BTD, v_BTD], dim=2)
-
-    def _turn(self, heads: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-        """All heads in ``[B, T, ...]``, each by its step's angles."""
-        return rotate(heads.unflatten(2, (-1, self.head_width)), by).flatten(2)
+        qk, v_BTD = self.qkv(x_BTD).split([2 * self.d_model, self.d_model], dim=2)
+        turned = rotate(qk.view(*qk.shape[:2], -1, self.head_width), window.rotation).flatten(2)
+        q_BTD, k_BTD = turned.chunk(2, dim=2)
+        return window.asking(q_BTD), torch.cat([k_BTD, v_BTD], dim=2)
 
 
 class RelativeAttention(WindowAttention):

@@ -11,7 +11,8 @@ between two gradients, and one pass would now and then disagree with T passes of
 
 No dropout anywhere: acting and learning must be the same function, or the PPO ratio does not begin at 1.
 
-Shapes: B rows, T time steps, D = d_model, M = memory, E = 2 D (key, value).
+Shapes: B rows, T time steps, Q of them with a query (all, or the last alone), D = d_model, M = memory,
+E = 2 D (key, value).
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_model)
 
     def forward(self, x_BTD: Tensor, kv_BME: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """The stream of the steps with a query, and the cache, after this layer."""
-        attended_BQD, kv_BME = self.attention.attend(self.attention_norm(x_BTD), kv_BME, window)
+        """The stream after this layer, ``[B, Q, D]``, and what `Window.cache_after` takes."""
+        attended_BQD, slots = self.attention.attend(self.attention_norm(x_BTD), kv_BME, window)
         x_BQD = self.join_attention(window.asking(x_BTD), attended_BQD)
-        return self.join_mlp(x_BQD, self.mlp(self.mlp_norm(x_BQD))), kv_BME
+        return self.join_mlp(x_BQD, self.mlp(self.mlp_norm(x_BQD))), slots
 
-    def join_attention(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
+    def join_attention(self, x_BQD: Tensor, update_BQD: Tensor) -> Tensor:
         """The stream after the attention."""
-        return x_BTD + update_BTD
+        return x_BQD + update_BQD
 
-    def join_mlp(self, x_BTD: Tensor, update_BTD: Tensor) -> Tensor:
+    def join_mlp(self, x_BQD: Tensor, update_BQD: Tensor) -> Tensor:
         """The stream after the MLP."""
-        return x_BTD + update_BTD
+        return x_BQD + update_BQD
 
 
 class AttentionTrunk(Trunk):
@@ -88,7 +89,8 @@ class AttentionTrunk(Trunk):
         window = self._window(caches["age"], is_init)
         after = {"age": window.age_after_B}
         for key, layer in self._stack():
-            x_BTD, after[key] = layer(x_BTD, caches[key], window)
+            x_BTD, slots = layer(x_BTD, caches[key], window)
+            after[key] = window.cache_after(slots)
         return self.last(x_BTD), TensorDict(after, batch_size=state.batch_size, device=state.device)
 
     def attention_maps(self, x: Tensor, state: TensorDict, is_init: Tensor) -> list[Tensor]:
@@ -101,7 +103,9 @@ class AttentionTrunk(Trunk):
         return maps
 
     def last_steps(self, x: Tensor, state: TensorDict, is_init: Tensor, steps: int) -> Tensor:
-        """See `Trunk`; of the steps before these, the last layer computes keys and values alone."""
+        """See `Trunk`; of the steps before these, the last layer computes their keys and values at most."""
+        if steps == x.shape[1]:
+            return super().last_steps(x, state, is_init, steps)
         x_BTD, caches = self._enter(x, state, is_init)
         *lower, (last_key, last) = self._stack()
         if lower:

@@ -4,16 +4,15 @@ Query t sees the step at distance d before it where ``0 <= d <= min(memory, age_
 of its episode came before it, in this pass or in former ones. So one number a query tells its whole mask, and
 one number a row tells which slots of the cache hold steps of the present episode: the last min(memory, age).
 
-The T queries are cut into N blocks of S. The keys of a block are its own S steps and the M before them, so
-time and memory are linear in T: no T x (M + T) matrix of mostly hidden scores. One gather lays the blocks out
-from the cache, the new steps and a row of zeros, which stands for every slot that holds nothing. Whatever a
-cache has in such slots, even NaN, is therefore never read, and is zero in the cache that the pass returns.
+The Q queries, of all T steps or of the last alone, are cut into N blocks of S. The keys of a block are its
+own S steps and the M before them, so time and memory are linear in Q: no Q x (M + Q) matrix of mostly hidden
+scores. One gather lays the blocks out from the cache, the new steps and a row of zeros, which stands for
+every slot that holds nothing. Whatever a cache has in such slots, even NaN, is therefore never read, and is
+zero in the cache after the pass.
 
-Where only the last Q steps of a pass ask, these are cut into blocks, and of what came before them the last M
-slots are laid out.
-
-Shapes: B rows, T steps, Q of them with a query, M = memory, N blocks, S queries a block, W = M + S keys a
-block, d the M + 1 distances from M down to 0, D features, E numbers a slot, G = B * N.
+Shapes: B rows, T steps, Q of them with a query, M = memory, P = M + Q slots of a row that may be seen, N
+blocks, S queries a block, W = M + S keys a block, d the M + 1 distances from M down to 0, D features, E
+numbers a slot, G = B * N.
 """
 
 from __future__ import annotations
@@ -45,8 +44,6 @@ class Window:
 
     memory: int
     queries: int
-    early: int
-    """Steps before those with a query."""
     blocks: int
     block_steps: int
     age_BT: Tensor
@@ -54,9 +51,9 @@ class Window:
     bias_BNSd: Tensor
     """0 where the step at that distance is visible, else `HIDDEN`."""
     read: Tensor
-    """Slots of the blocks' keys, ``[B*N*W]``: rows of what `slide` joins, flattened."""
+    """Slots of the blocks' keys, ``[B*N*W]``."""
     keep: Tensor | None
-    """Slots of the cache to return, ``[B*M]``; None after one step, where they are the last M read."""
+    """Slots of the next cache, ``[B*M]``; None after one step, where they are the last M read."""
     rotation: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of each step's angles, ``[B, T, 1, C]``, where the attention turns by position."""
 
@@ -82,7 +79,7 @@ class Window:
             hidden_BNSd, HIDDEN
         )
 
-        # As `_slots` joins them: a slot of zeros, M before the first query, Q. Slot 0 stands for all zeros.
+        # As `slide` joins them: one of zeros, then P. Slot 0 stands for all that hold nothing.
         slot_BP = torch.arange(B * (1 + memory + queries), device=device).view(B, -1)[:, 1:]
         back_P = torch.arange(memory - early, -T, -1, device=device)  # steps from each to the first new one
         from_entry_BP = slot_BP.masked_fill(back_P > age_BT[:, :1], 0)
@@ -91,32 +88,36 @@ class Window:
         if T > 1:
             from_end_BP = slot_BP.masked_fill(back_P + (T - 1) > age_BT[:, -1:], 0)
             keep = from_end_BP[:, queries:].flatten()
-        return cls(memory, queries, early, blocks, block_steps, age_BT, bias_BNSd, read, keep)
+        return cls(memory, queries, blocks, block_steps, age_BT, bias_BNSd, read, keep)
 
     @property
     def age_after_B(self) -> Tensor:
         """Steps of the episode before the first step after the pass."""
         return self.age_BT[:, -1] + 1
 
-    def slide(self, cache_BME: Tensor, new_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        """What the blocks read, ``[B*N, W, E]``, and the cache after the pass, ``[B, M, E]``."""
-        B, _, E = new_BTE.shape
-        slots = self._slots(cache_BME, new_BTE)
-        read_GWE = slots.index_select(0, self.read).view(-1, self.memory + self.block_steps, E)
-        if self.keep is None:
-            return read_GWE, read_GWE[:, 1:]
-        return read_GWE, slots.index_select(0, self.keep).view(B, self.memory, E)
-
-    def _slots(self, cache_BME: Tensor, new_BTE: Tensor) -> Tensor:
-        """Rows of `read` and `keep`, ``[B * (1 + M + Q), E]``."""
-        B, _, E = new_BTE.shape
-        if self.early:
-            cache_BME, new_BTE = cache_BME[:, self.early :], new_BTE[:, max(self.early - self.memory, 0) :]
-        return torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
+    @property
+    def early(self) -> int:
+        """Steps before those with a query."""
+        return self.age_BT.shape[1] - self.queries
 
     def asking(self, x_BT: Tensor) -> Tensor:
         """Of ``[B, T, ...]`` the steps with a query, ``[B, Q, ...]``."""
         return x_BT[:, self.early :] if self.early else x_BT
+
+    def slide(self, cache_BME: Tensor, new_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks read, ``[B*N, W, E]``, and what `cache_after` makes the next cache of."""
+        B, _, E = new_BTE.shape
+        if self.early:
+            cache_BME, new_BTE = cache_BME[:, self.early :], new_BTE[:, max(self.early - self.memory, 0) :]
+        slots = torch.cat([new_BTE.new_zeros(B, 1, E), cache_BME, new_BTE], dim=1).view(-1, E)
+        read_GWE = slots.index_select(0, self.read).view(-1, self.memory + self.block_steps, E)
+        return read_GWE, read_GWE if self.keep is None else slots
+
+    def cache_after(self, slots: Tensor) -> Tensor:
+        """The cache after the pass, ``[B, M, E]``."""
+        if self.keep is None:
+            return slots[:, 1:]
+        return slots.index_select(0, self.keep).view(-1, self.memory, slots.shape[1])
 
     def cut(self, x_BQD: Tensor) -> Tensor:
         """``[B, Q, D]`` to blocks ``[B*N, S, D]``, zeros after the last step."""
@@ -135,7 +136,7 @@ class Window:
         rows of W are just that: each begins one number later (the relative shift of Dai et al., appendix B).
         """
         S, W = self.block_steps, self.memory + self.block_steps
-        if S == 1:  # acting: one query, one key a distance
+        if S == 1:  # one query, as when acting: one key a distance
             return bias
         return pad(bias, (0, S), value=HIDDEN).flatten(-2)[..., : S * W].unflatten(-1, (S, W))
 

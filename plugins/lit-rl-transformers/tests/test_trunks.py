@@ -99,6 +99,35 @@ def test_a_long_pass_equals_single_steps(trunk_class):
 
 
 @every_trunk
+@pytest.mark.parametrize(("memory", "steps", "last"), [(3, 60, 40), (20, 60, 50), (40, 30, 1), (4, 9, 9)])
+def test_the_last_steps_alone(trunk_class, memory, steps, last):
+    torch.manual_seed(0)
+    trunk = trunk_class(4, d_model=8, n_layers=2, n_heads=2, memory=memory).double()
+    with torch.no_grad():
+        _, state = trunk(torch.randn(3, 50, 4).double(), trunk.initial_state(3), never(3, 50))
+    for key in trunk.cache_keys:
+        state[key].requires_grad_()
+    is_init = never(3, steps)
+    is_init[0, 2] = is_init[1, -1] = True
+    x = torch.randn(3, steps, 4).double().requires_grad_()
+    wanted = [x, *(state[key] for key in trunk.cache_keys), *trunk.parameters()]
+    weight = torch.randn(3, last, 8).double()
+
+    expected = trunk(x, state, is_init)[0][:, -last:]
+    seen = []
+    trunk.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    found = trunk.last_steps(x, state, is_init, last)
+    assert seen == [last]  # the last layer's MLP has no other steps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), wanted),
+        torch.autograd.grad((expected * weight).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@every_trunk
 @pytest.mark.parametrize(("memory", "steps"), [(5, 1), (5, 13), (5, 64), (40, 30)])
 def test_attention_maps(trunk_class, memory, steps):
     torch.manual_seed(0)
