@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
-import gymnasium as gym
 from tensordict import TensorDict
 
 from lit_rl import keys
@@ -27,11 +26,11 @@ class WindowShape(NamedTuple):
     """What an algorithm wants to learn from."""
 
     window: int
-    """steps that are learnt from"""
+    """steps of a window"""
     lookahead: int
     """steps that follow them, to bootstrap from"""
     unlearnt: int
-    """first steps of the window that have no loss"""
+    """how many of its first steps have no loss"""
     with_state: bool
     """whether the memory at the window's start is kept"""
     with_latent: bool
@@ -135,8 +134,7 @@ class ReplayDataModule(EnvDataModule):
                 f"stride {stride} would leave out steps: a window learns from "
                 f"{shape.window - shape.unlearnt}; make it at most that"
             )
-        spec = gym.registry.get(self.env.id)
-        limit = self.env.time_limit or (spec.max_episode_steps if spec is not None else None)
+        limit = self.env.episode_limit
         if limit is not None and shape.window > limit:
             raise UserError(
                 f"a window of {shape.window} steps is longer than an episode of {self.env.id} ({limit}): "

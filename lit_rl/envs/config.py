@@ -62,10 +62,18 @@ class EnvConfig:
 
     def spaces(self) -> tuple[gym.Space, gym.Space]:
         """Observation and action space of one row. Made once, by building one environment and closing it."""
-        return self._spaces
+        observation_space, action_space, _ = self._of_one_row
+        return observation_space, action_space
+
+    @property
+    def episode_limit(self) -> int | None:
+        """Steps after which an episode is truncated; None where the environment does not say."""
+        _, _, limit = self._of_one_row
+        return limit
 
     @cached_property
-    def _spaces(self) -> tuple[gym.Space, gym.Space]:
+    def _of_one_row(self) -> tuple[gym.Space, gym.Space, int | None]:
         env = self.make(num_envs=1)
         env.close()
-        return env.single_observation_space, env.single_action_space
+        limit = None if env.spec is None else env.spec.max_episode_steps
+        return env.single_observation_space, env.single_action_space, limit

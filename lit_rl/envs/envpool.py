@@ -28,7 +28,7 @@ from gymnasium.vector.utils import batch_space
 from lit_rl.envs.checks import cause_of, is_atari, is_highway, is_minigrid, unknown_id
 from lit_rl.envs.highway import HighwayPort
 from lit_rl.envs.minigrid import NATIVE_VIEW, symbolic_space
-from lit_rl.envs.vector import Obs, StepResult, base_seed, env_fault, map_leaves, success_of
+from lit_rl.envs.vector import Obs, StepResult, base_seed, env_fault, map_leaves, spec_of, success_of
 from lit_rl.envs.wrappers import is_floating, leaf_spaces, map_space
 from lit_rl.errors import UserError
 
@@ -57,13 +57,18 @@ def make_envpool(config: "EnvConfig", num_envs: int, seed: int | None, render_mo
     options: dict[str, Any] = {"num_threads": default_threads(num_envs)}
     if is_highway(config.id):
         port = HighwayPort(config)
-        return EnvPoolVectorEnv(task_id, num_envs, seed, options | port.options, port.adapt)
+        env = EnvPoolVectorEnv(task_id, num_envs, seed, options | port.options, port.adapt)
+        env.spec = spec_of(config, port.wanted["duration"] * port.wanted["policy_frequency"])
+        return env
     if is_atari(config.id):
         options |= ATARI_OPTIONS
     options |= config.kwargs
     if config.time_limit is not None:
         options["max_episode_steps"] = config.time_limit
-    return EnvPoolVectorEnv(task_id, num_envs, seed, options)
+    env = EnvPoolVectorEnv(task_id, num_envs, seed, options)
+    own = envpool.make_spec(task_id).config.max_episode_steps
+    env.spec = spec_of(config, options.get("max_episode_steps", own))
+    return env
 
 
 def default_threads(num_envs: int) -> int:

@@ -21,6 +21,7 @@ from lit_rl.envs.vector import (
     StepResult,
     env_fault,
     map_leaves,
+    spec_of,
 )
 from lit_rl.errors import UserError
 
@@ -38,9 +39,25 @@ def make_gymnasium(
 
     rows = [row(index) for index in range(num_envs)]
     if config.vectorization == "async":
-        row(0)().close()  # a bad option shows here, as one line, and not as the trace of a worker
-        return SameStepVectorEnv(_QuietAsyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
-    return FirstSeed(_SyncRows(rows, autoreset_mode=AutoresetMode.SAME_STEP), seed)
+        first = row(0)()  # a bad option shows here, as one line, and not as the trace of a worker
+        spec = spec_of(config, _episode_limit(first))
+        first.close()
+        processes = _QuietAsyncVectorEnv(rows, autoreset_mode=AutoresetMode.SAME_STEP)
+        processes.spec = spec
+        return SameStepVectorEnv(processes, seed)
+    here = _SyncRows(rows, autoreset_mode=AutoresetMode.SAME_STEP)
+    here.spec = spec_of(config, _episode_limit(here.envs[0]))
+    return FirstSeed(here, seed)
+
+
+def _episode_limit(row: gym.Env) -> int | None:
+    """Steps after which an episode is truncated. Packages that do so themselves each have their own word."""
+    spec, simulator = row.spec, cast(Any, row.unwrapped)
+    if spec is not None and spec.max_episode_steps is not None:
+        return spec.max_episode_steps
+    if spec is not None and is_highway(spec.id):
+        return int(simulator.config["duration"] * simulator.config["policy_frequency"])
+    return getattr(simulator, "max_steps", None)  # MiniGrid
 
 
 class _SyncRows(SyncVectorEnv):

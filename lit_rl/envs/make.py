@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from lit_rl.envs import wrappers
@@ -34,7 +33,6 @@ def make_vector_env(
     except UserError:
         env.close()
         raise
-    env.unwrapped.spec = EnvSpec(config.id.rpartition(":")[2])  # names it in messages
     env.action_space.seed(seed)
     return env
 

@@ -15,17 +15,22 @@ Every environment that `EnvConfig.make` returns is a `gymnasium.vector.VectorEnv
 - `obs` is an array [N, ...], or a dict of such arrays for `Dict` spaces. Floating observations are float32;
   images are uint8 and channel-first. Arrays returned are the caller's to keep.
 - An environment that raises comes out as `UserError` with its id, its row and its step count.
+- `spec` has its id, and as `max_episode_steps` the steps after which an episode is truncated, if known.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from lit_rl.envs.checks import cause_of, check_observation, check_scalars
 from lit_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_rl.envs.config import EnvConfig
 
 Obs = Any  # array [N, ...], or dict of such arrays
 StepResult = tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
@@ -113,6 +118,11 @@ def success_of(info: dict[str, Any]) -> dict[str, Any]:
         if key in info:
             return {"success": info[key]}
     return {}
+
+
+def spec_of(config: "EnvConfig", limit: int | None) -> EnvSpec:
+    """A batch's name for messages, and after how many steps its episodes are truncated, if that is known."""
+    return EnvSpec(config.id.rpartition(":")[2], max_episode_steps=config.time_limit or limit)
 
 
 class FirstSeed(VectorWrapper):

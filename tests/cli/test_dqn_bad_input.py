@@ -76,6 +76,10 @@ def test_learners_and_data_of_different_kinds(refused):
             "a window of 31 steps is longer than an episode of CartPole-v1 (30): shorten it",
         ),
         (
+            ["--model.window=31", "--env.id=highway-fast-v0"],
+            "a window of 31 steps is longer than an episode of highway-fast-v0 (30): shorten it",
+        ),
+        (
             ["--model.window=100", "--model.n_step=101"],
             "a window of 100 + 101 steps is longer than the replay (200 steps): shorten it or raise",
         ),

@@ -204,6 +204,24 @@ def test_time_limit_truncates_at_its_step(env_id: str, backend: str) -> None:
     assert np.flatnonzero(cut).tolist() == [6, 13, 20]
 
 
+@pytest.mark.parametrize(
+    ("env_id", "options", "steps"),
+    [
+        ("CartPole-v1", {}, 500),
+        ("CartPole-v1", {"time_limit": 7}, 7),
+        ("CartPole-v1", {"vectorization": "async"}, 500),
+        ("CartPole-v1", {"backend": "envpool"}, 500),
+        ("MiniGrid-MemoryS11-v0", {}, 605),
+        ("MiniGrid-MemoryS11-v0", {"backend": "envpool", "time_limit": 9}, 9),
+        ("highway-fast-v0", {"kwargs": {"config": {"duration": 20, "policy_frequency": 2}}}, 40),
+        ("highway-fast-v0", {"backend": "envpool"}, 30),
+        ("lit_rl/Counter-v0", {"kwargs": {"lengths": [2]}}, None),
+    ],
+)
+def test_an_episodes_limit_is_known(env_id: str, options: dict[str, Any], steps: int | None) -> None:
+    assert EnvConfig(env_id, **options).episode_limit == steps
+
+
 def test_wrappers_wrap_each_row_in_order() -> None:
     rescaled = {
         "class_path": "gymnasium.wrappers.RescaleAction",
