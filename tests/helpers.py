@@ -28,7 +28,7 @@ from lit_rl.models.q_heads import CategoricalQ, ExpectedQ, QuantileQ
 from lit_rl.testing.envs import Counter
 from lit_rl.trunks import MLP
 
-COUNTER, WALK = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0"
+COUNTER, WALK, PICTURES = "lit_rl/Counter-v0", "lit_rl_tests/Walk-v0", "lit_rl_tests/Pictures-v0"
 
 Q_HEADS: dict[str, Callable] = {
     "expected": ExpectedQ,
@@ -77,6 +77,35 @@ def walk(action: str = "discrete", num_envs: int = 4) -> EnvConfig:
         gym.register(WALK, entry_point=Walk)
     kwargs = {"action": action, "lengths": [3, 5, 1, 8], "truncations": [False, True]}
     return EnvConfig(WALK, num_envs=num_envs, kwargs=kwargs)
+
+
+class Pictures(gym.Env):
+    """A picture that shows how often it was stepped; 5 steps, then truncated, then terminated, by turns."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+        self.action_space = spaces.Discrete(2)
+        self.steps = self.episodes = self.t = 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        self.episodes, self.t = self.episodes + 1, 0
+        return self.picture(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        ended, cut = self.t == 5, self.episodes % 2 == 0
+        return self.picture(), float(self.steps), ended and not cut, ended and cut, {}
+
+    def picture(self) -> np.ndarray:
+        self.steps += 1
+        return np.full((1, 36, 36), self.steps, np.uint8)
+
+
+def pictures(num_envs: int = 2) -> EnvConfig:
+    """Episodes seen as images."""
+    if PICTURES not in gym.registry:
+        gym.register(PICTURES, entry_point=Pictures)
+    return EnvConfig(PICTURES, num_envs=num_envs)
 
 
 def small(name: str) -> TrunkFactory:

@@ -3,18 +3,16 @@
 Shapes: E environments, T steps a block, W windows of L steps (with those that only follow).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv, VectorWrapper
-from helpers import Scripted, script, small
+from helpers import Scripted, counter, pictures, script, small
 from tensordict import TensorDict
 
 from lit_rl import keys
@@ -443,40 +441,9 @@ def test_what_is_kept_matters() -> None:
 # ------------------------------------------------------------------ other observations
 
 
-class Pictures(gym.Env):
-    """A picture that shows how often it was stepped; 5 steps, then truncated, then terminated, by turns."""
-
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
-        self.action_space = spaces.Discrete(2)
-        self.steps = self.episodes = self.t = 0
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.episodes, self.t = self.episodes + 1, 0
-        return self.picture(), {}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.t += 1
-        ended, cut = self.t == 5, self.episodes % 2 == 0
-        return self.picture(), float(self.steps), ended and not cut, ended and cut, {}
-
-    def picture(self) -> np.ndarray:
-        self.steps += 1
-        return np.full((1, 36, 36), self.steps, np.uint8)
-
-
-@pytest.fixture
-def _pictures() -> Iterator[None]:
-    gym.register("Pictures-v0", entry_point=Pictures)
-    yield
-    del gym.registry["Pictures-v0"]
-
-
-@pytest.mark.usefixtures("_pictures")
-@pytest.mark.parametrize("env_id", ["lit_rl/Dict-v0", "Pictures-v0", "lit_rl/Counter-v0"])
-def test_observations_of_every_kind(env_id: str) -> None:
-    make: Callable[[], VectorEnv] = partial(EnvConfig(env_id, num_envs=2).make)
-    env = Recorder(make())
+@pytest.mark.parametrize("config", [EnvConfig("lit_rl/Dict-v0", num_envs=2), pictures(), counter()], ids=str)
+def test_observations_of_every_kind(config: EnvConfig) -> None:
+    env = Recorder(config.make())
     agent, shape = agent_of(env=env), shape_of(3, lookahead=2, stride=2)
     collector = WindowCollector(lambda: env, agent, frames_per_batch=2 * 4, seed=1, with_latent=True, **shape)
     told = 0

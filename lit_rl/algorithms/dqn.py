@@ -62,7 +62,7 @@ class LitDQN(LitAgent):
         head: makes the head for a number of features and actions: `ExpectedQ` (if absent), `CategoricalQ`
             (C51) or `QuantileQ` (QR-DQN), each with `dueling` and `hidden`.
         total_frames: environment frames to train for.
-        window: steps of a window, L.
+        window: steps of a window, those without a loss included.
         context: where memory comes from at a window's start.
         burn_in: first steps of a window that only bring the memory up to date.
         loss_steps: last steps of a window that have a loss; all behind `burn_in` if absent. Drift and Delta-Q
@@ -216,7 +216,7 @@ class LitDQN(LitAgent):
         self.max_grad_norm = max_grad_norm
         self.weight_decay = weight_decay
         self.log_every = log_frames
-        self._logged_at = 0
+        self._logged_at = self._began_at = 0
         self._learning = False
         self._replay_began = 0  # frames when the replay was last empty
         self._ready_at = time.perf_counter()
@@ -261,7 +261,7 @@ class LitDQN(LitAgent):
     def on_fit_start(self) -> None:
         self.check_data(self.data)
         self._learning_parameters = list(self.agent.parameters())
-        self._logged_at = self.frames
+        self._logged_at = self._began_at = self.frames
         self._learning = False
         self._apply_exploration()
 
@@ -279,6 +279,12 @@ class LitDQN(LitAgent):
         self.set_learning_rates()  # a checkpoint's optimizer has the rates of the run that made it
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = self.weight_decay
+
+    def on_train_end(self) -> None:
+        waited = self.frames - max(self._began_at, self._replay_began + self.learning_starts)
+        if self.trainer.is_global_zero and waited > 0 and not self._learning:
+            steps = self.loss.window + self.loss.n_step
+            print(f"nothing was learnt: no {steps} steps in a row for a window: lower model.window")
 
     def on_train_epoch_start(self) -> None:
         self._ready_at = time.perf_counter()

@@ -5,8 +5,9 @@ weights. It is made for several batches at once, which costs little more than on
 learns, and the loss; of a small MLP `lit_rl.algorithms.fused_dqn` says the same without autograd. `judge`
 measures afterwards how far off it was, and gives new priorities.
 
-Shapes: M windows, L steps with a loss, T steps with those before them, which only lead up to them, and n
-behind them, which only bootstrap; A actions, Z numbers an action (`QHead`), D latent.
+Shapes: M windows of W steps, of which the last L have a loss and the others only lead up to them; n steps
+behind the window, which only bootstrap; T steps of a pass; A actions, Z numbers an action (`QHead`), D
+latent.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Seen(NamedTuple):
     """``[M, T, ...]``"""
     is_init: Tensor
     """``[M, T]``"""
-    state: TensorDict
-    """the trunk's memory before the first step, ``[M]``"""
+    state: TensorDict | None
+    """the trunk's memory before the first step, ``[M]``; each network's initial one if None"""
     latent: Tensor | None
     """``[M, T, D]`` of the time of acting, where it is kept"""
 
@@ -96,8 +97,10 @@ class WindowLoss:
     Without a memory nothing passes over the steps before those with a loss. With an empty one at a window's
     start (``context: window``) values to bootstrap from are of a window, too, one n steps later: they see as
     many steps as those that learn from them, at most what acting sees, because nothing is ever learnt of
-    longer windows. (If L + n - 1 steps are more than a window, it begins only W - L + 1 steps later, so as to
-    hold all ends of episodes.) A memory that is `stored` goes on through the window and the n steps behind.
+    longer windows; n - k fewer where a truncation leaves k < n steps to bootstrap over. (If L + n - 1 steps
+    are more than a window, it begins only W - L + 1 steps later, so as to hold all ends of episodes.) A
+    memory that is `stored` goes on through the window and the n steps behind. Where stored latents stand for
+    these n (`latent_targets`), values within the window are of its own start.
     """
 
     window: int
@@ -119,8 +122,6 @@ class WindowLoss:
         # A plain dictionary: looking into a TensorDict costs as much as a small operation.
         steps: dict[str, Any] = dict(drawn.windows[keys.STEPS].items())
         state = drawn.windows.get(keys.TRUNK_STATE, None)
-        if state is None:
-            state = target.trunk.initial_state(len(drawn.weight))
         seen = Seen(steps[keys.OBSERVATION], steps[keys.IS_INIT], state, steps.get(keys.LATENT))
         first = self.window - self.loss_steps
         behind, learnt = slice(first, None), slice(first, self.window)
@@ -147,16 +148,16 @@ class WindowLoss:
             # One pass: what follows is little, and a second one costs more than the gradient of that.
             out_MTAZ, latent_MTD = self._pass(agent, seen, L + self.n_step)
             auxiliary = agent.auxiliary_loss()
-            out_MLAZ, latent_MLD, judge_MTAZ = out_MTAZ[:, :L], latent_MTD[:, :L], out_MTAZ.detach()[:, 1:]
+            out_MLAZ, latent_MLD, online_MTAZ = out_MTAZ[:, :L], latent_MTD[:, :L], out_MTAZ.detach()[:, 1:]
         else:
             out_MLAZ, latent_MLD = self._pass(agent, seen, L, ahead=False)
             auxiliary = agent.auxiliary_loss()
             if self.double:
                 with torch.no_grad():
-                    judge_MTAZ, _ = self._pass(agent, seen, L + self.n_step - 1)
+                    online_MTAZ, _ = self._pass(agent, seen, L + self.n_step - 1)
         bootstrap_MLZ = lesson.bootstrap
         if bootstrap_MLZ is None:
-            bootstrap_MLZ = best(lesson.target, judge_MTAZ, lesson.at, head)
+            bootstrap_MLZ = best(lesson.target, online_MTAZ, lesson.at, head)
         loss, predicted_MLZ = _loss(head, lesson, out_MLAZ, bootstrap_MLZ)
         drift_ML = delta_q_ML = None
         if seen.latent is not None:
@@ -221,6 +222,8 @@ class WindowLoss:
             out_MTAZ, latent_MTD = self._pass(network, seen, steps - self.n_step, ahead=False)
             return torch.cat([out_MTAZ, to_come_MnAZ], 1), latent_MTD
         stop, state_M = self.window + self.n_step if ahead else self.window, seen.state
+        if state_M is None:
+            state_M = network.trunk.initial_state(len(seen.is_init))
         if network.is_memoryless:
             start = stop - steps
         elif ahead and self._bootstraps_later_window:
@@ -237,7 +240,7 @@ class WindowLoss:
 def _loss(head: QHead, lesson: Lesson, out_MLAZ: Tensor, bootstrap_MLZ: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the steps that count; without gradient, the numbers ``[M, L, Z]`` of the actions taken."""
     floats = (lesson.reward, lesson.discount, bootstrap_MLZ, lesson.weight)
-    is_plain = type(head) is ExpectedQ and head.error in (huber, half_squared)
+    is_plain = type(head) is ExpectedQ and "loss" not in vars(head) and head.error in (huber, half_squared)
     is_plain = is_plain and all(tensor.shape[:2] == lesson.counts.shape for tensor in (out_MLAZ, *floats))
     if is_plain and can_be_compiled(out_MLAZ, *floats):
         from lit_rl.compiled.losses import compiled_td_loss
@@ -255,9 +258,9 @@ def _of_action(out_MTAZ: Tensor, action_MT: Tensor) -> Tensor:
     return out_MTAZ.gather(2, index).squeeze(2)
 
 
-def best(target_MTAZ: Tensor, judge_MTAZ: Tensor, at_ML: Tensor, head: QHead) -> Tensor:
-    """The target network's numbers ``[M, L, Z]`` of the best action, to the judge, at the given steps."""
-    best_MTZ = _of_action(target_MTAZ, head.values(judge_MTAZ).argmax(-1))
+def best(target_MTAZ: Tensor, online_MTAZ: Tensor, at_ML: Tensor, head: QHead) -> Tensor:
+    """The target network's numbers ``[M, L, Z]`` of the action that is best online, at the given steps."""
+    best_MTZ = _of_action(target_MTAZ, head.values(online_MTAZ).argmax(-1))
     return best_MTZ.gather(1, at_ML.unsqueeze(-1).expand(-1, -1, best_MTZ.shape[-1]))
 
 

@@ -40,11 +40,11 @@ class WindowCollector(EnvCollector):
     Args:
         create_env_fn: makes the batched environment (same-step autoreset, see `lit_rl.envs.vector`).
         policy: the Q-network that acts, on its own device.
-        window: steps of a window that are learnt from.
+        window: steps of a window.
         lookahead: steps that follow them, to bootstrap from.
         stride: steps from the start of one window to the next: `window`, the most, makes them adjacent, less
             makes them overlap.
-        unlearnt: first steps of a window without loss; windows with no action behind them are left out.
+        unlearnt: how many of its first steps have no loss; windows with no action behind them are left out.
         frames_per_batch: frames a batch, E * T.
         total_frames: where iteration ends; -1 never.
         with_state: keep the memory that the agent had at the start of each window.

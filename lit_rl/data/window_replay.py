@@ -43,7 +43,8 @@ class WindowReplay:
     """A ring of windows, drawn uniformly or in proportion to ``priority ** alpha``.
 
     Prioritized replay is that of Schaul et al. 2016 (arXiv 1511.05952, section 3.3 and 3.4): a window's first
-    priority is the highest so far, and importance weights are divided by the largest of those drawn.
+    priority is the highest that there has been, at least 1 (what their first one has), and importance weights
+    are divided by the largest of those drawn.
 
     Args:
         capacity: windows.
@@ -156,7 +157,8 @@ class WindowReplay:
                 self._buffer.writer.dumps(partial / WRITER)
             files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
             (partial / FORMAT).write_text(json.dumps(self._format(stored) | {"files": files}))
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could refer to it
+            # Of a run that was killed before it could refer to it, or that went on here with an empty replay.
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -217,7 +219,7 @@ class WindowReplay:
 
 
 def _fits_memory(size: int) -> bool:
-    """Whether so many bytes are to be had; nothing is written there, so that it costs nothing."""
+    """Whether the system grants so many bytes, which costs nothing; it may promise more than there are."""
     try:
         torch.empty(size, dtype=torch.uint8)
     except RuntimeError:

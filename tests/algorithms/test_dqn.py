@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import Q_HEADS, Records, counter, make_trainer, parameters, walk
+from helpers import Q_HEADS, Records, counter, make_trainer, parameters, pictures, walk
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -289,17 +289,38 @@ def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert updates == [0, 0, 4, 0]
 
 
+@pytest.mark.parametrize("env", [pictures(), EnvConfig("lit_rl/Dict-v0", num_envs=2)], ids=["images", "dict"])
+@pytest.mark.parametrize("trunk", [MLP, partial(LSTM, d_model=8)], ids=["mlp", "lstm"])
+def test_other_observations_are_learnt_from(env: EnvConfig, trunk: Any) -> None:
+    """From a replay on disk, too, where images belong."""
+    options = {"window": 4, "n_step": 2, "context": "stored", "latents": True}
+    model, _, look, records = train(env, trunk, data={"storage": "disk"}, **options)
+    assert model.trainer.global_step > 5
+    assert not look.online[0].equal(look.online[-1])
+    assert look.online[-1].isfinite().all()
+    assert all(math.isfinite(value) for _, record in records.records for value in record.values())
+
+
 # ------------------------------------------------------------------ guards
 
 
-@pytest.mark.parametrize(("learning_starts", "learns"), [(64, True), (65, False)])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learning_starts": 64}, None),
+        ({"learning_starts": 65}, "nothing will be learnt before frame 65: lower model.learning_starts\n"),
+        ({"window": 13, "n_step": 3}, None),  # 16 steps of 4 environments
+        ({"window": 30, "n_step": 3}, "nothing was learnt: no 33 steps in a row for a window: lower"),
+    ],
+)
 def test_a_run_too_short_to_learn_says_so(
-    learning_starts: int, learns: bool, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], said: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, _, _, _ = train(walk(), total_frames=64, learning_starts=learning_starts)
-    assert (model.trainer.global_step > 0) == learns
-    line = "nothing will be learnt before frame 65: lower model.learning_starts\n"
-    assert (line in capsys.readouterr().out) != learns
+    model, _, _, _ = train(walk(), total_frames=64, batch_size=1, **options)
+    assert (model.trainer.global_step > 0) == (said is None)
+    printed = capsys.readouterr().out
+    assert printed.count("nothing w") == (said is not None)
+    assert (said or "") in printed
 
 
 def test_checkpoints_of_other_heads_are_refused() -> None:

@@ -297,6 +297,21 @@ def test_others_are_left_to_autograd(make_model: Callable[[], LitDQN]) -> None:
     assert model._fused_loss() is None
 
 
+def test_autograd_hears_a_patched_loss() -> None:
+    model = make(double=False)
+    given, heard = lesson(model), []
+    before = by_autograd(model, given)[0]
+
+    def tripled(*told: Tensor) -> Tensor:
+        heard.append(told)
+        return 3 * ExpectedQ.loss(model.agent.head, *told)
+
+    model.agent.head.loss = tripled
+    after = by_autograd(model, given)[0]
+    assert len(heard) == 1
+    torch.testing.assert_close(after, 3 * before)
+
+
 def test_the_same_without_change_is_fused() -> None:
     model = changed(nothing)
     assert isinstance(model._fused_loss(), FusedTDLoss)

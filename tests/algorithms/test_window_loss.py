@@ -180,6 +180,38 @@ def test_priorities_are_of_the_largest_error_and_of_the_mean() -> None:
         assert priority.tolist() == pytest.approx([expected + LEAST_PRIORITY])
 
 
+class Started(Trunk):
+    """Adds up what it sees, from a start that is learnt."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, in_features)
+        self.start = nn.Parameter(torch.full((in_features,), 2.0))
+
+    def initial_state(self, batch_size: int) -> TensorDict:
+        return TensorDict({"sum": self.start.expand(batch_size, -1)}, batch_size=[batch_size])
+
+    def forward(self, x: Tensor, state: TensorDict, is_init: Tensor) -> tuple[Tensor, TensorDict]:
+        total, sums = state["sum"], []
+        for t in range(x.shape[1]):
+            total = torch.where(is_init[:, t, None], self.start, total) + x[:, t]
+            sums.append(total)
+        return torch.stack(sums, 1), TensorDict({"sum": total}, state.batch_size)
+
+
+def test_each_network_starts_from_its_own_memory() -> None:
+    model = LitDQN(environment(), Started, window=2, loss_steps=1)
+    agent, target = model.agent, model.target
+    with torch.no_grad():
+        agent.trunk.start.fill_(5.0)
+    lesson = model.loss.lesson(target, TWO)
+    prediction = model.loss.predict(agent, lesson)
+    first, second, third = torch.eye(3)
+    torch.testing.assert_close(prediction.predicted[0, 0], agent.of_latent(5 + first + second)[1])
+    torch.testing.assert_close(lesson.target[0, 0], target.of_latent(2 + second + third))
+    prediction.loss.backward()
+    assert agent.trunk.start.grad.any()
+
+
 def test_errors_are_clipped_in_priorities_alone() -> None:
     options = {"window": 2, "priority_eta": 0.75}
     loss, priority, measured = window_loss(table(**options, priority_clip=20.0), TWO)  # errors of 15 and 27
