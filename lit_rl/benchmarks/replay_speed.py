@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,11 +50,11 @@ def milliseconds(replay: WindowReplay, rounds: int) -> np.ndarray:
     return times * 1e3
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What drawing from a full replay costs.")
     parser.add_argument("--windows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2_000)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     for storage in ("memory", "disk"):

@@ -7,7 +7,7 @@ import yaml
 from cli_helpers import CARTPOLE, ROOT, TINY
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lit_rl import cli, registry
+from lit_rl import checkpoints, cli, registry
 from lit_rl.trunks import GRU, LSTM, MLP
 
 
@@ -142,19 +142,23 @@ def test_annotations_may_be_for_type_checkers_alone(fit):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_configuration_trains(path, lit_rl, tmp_path):
-    data = yaml.safe_load(path.read_text())["data"]
+    config = yaml.safe_load(path.read_text())
+    data, model = config["data"], config["model"]["init_args"]
     little = ["--env.time_limit=30", "--episodes=1"]
     if data["class_path"] == "RolloutDataModule":
         length = max(64, 2 * (data["init_args"].get("sequence_length") or 1))
         little += [f"--data.rollout_length={length}", "--model.num_epochs=1"]
         little += ["--data.frames_per_epoch=1", "--model.total_frames=1"]
     else:
+        steps = model.get("window", 1) + model.get("n_step", 1) + data["init_args"]["steps_per_block"]
+        frames = max(120, steps * config["env"]["num_envs"])  # the first window is whole by then
         little += ["--model.learning_starts=60", "--model.updates_per_block=1"]
-        little += ["--data.frames_per_epoch=60", "--model.total_frames=120"]
+        little += ["--data.frames_per_epoch=60", f"--model.total_frames={frames}"]
     done = lit_rl("fit", f"--config={path}", *little)
     assert done.code == 0, done.err
     assert "evaluation: return " in done.out
-    assert len(list(tmp_path.glob("logs/*/version_0/checkpoints/last.ckpt"))) == 1
+    (last,) = tmp_path.glob("logs/*/version_0/checkpoints/last.ckpt")
+    assert checkpoints.load(last)["global_step"] > 0
 
 
 @pytest.mark.parametrize(

@@ -93,3 +93,9 @@ def test_dqn_masked_cartpole_is_beyond_an_mlp(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dqn_recall_with_memory(seed: int) -> None:
     assert final_metrics("dqn_recall_lstm.yaml", seed, "--episodes", "100")["val/success"] >= 0.95
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dqn_recall_leaves_an_mlp_at_chance(seed: int) -> None:
+    metrics = final_metrics("dqn_recall_lstm.yaml", seed, "--episodes", "100", "--model.trunk", "mlp")
+    assert metrics["val/success"] < 0.40
