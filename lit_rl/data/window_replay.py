@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     """``[M]``"""
     weight: Tensor
     """Importance weights ``[M]``: ``(p_min / p_i) ** beta``, p_min of those drawn; ones where uniform."""
-    at: Tensor
+    index: Tensor
     """int64 ``[M]``, for `WindowReplay.update_priority`."""
 
 
