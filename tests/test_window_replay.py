@@ -87,7 +87,7 @@ def prioritized(priorities: Tensor = PRIORITIES, **options: Any) -> WindowReplay
 
 
 def chi_square(replay: WindowReplay, probability: Tensor, draws: int = 40_000) -> float:
-    drawn = torch.cat([replay.sample(1000).index for _ in range(draws // 1000)])
+    drawn = torch.cat([replay.sample(1000).indices for _ in range(draws // 1000)])
     found, expected = torch.bincount(drawn, minlength=len(probability)), draws * probability
     return float(((found - expected) ** 2 / expected).sum())
 
@@ -117,23 +117,23 @@ def test_weights_by_hand(beta: float) -> None:
     """(N P(i)) ** -beta divided by the largest of those drawn, P proportional to the priority ** alpha."""
     drawn = prioritized().sample(64, beta=beta)
     torch.testing.assert_close(
-        drawn.weight, weights_by_hand(PRIORITIES, drawn.index, beta), rtol=1e-5, atol=0
+        drawn.weight, weights_by_hand(PRIORITIES, drawn.indices, beta), rtol=1e-5, atol=0
     )
-    assert marks(drawn.windows) == drawn.index.tolist()
-    assert len(set(drawn.index.tolist())) > 3
+    assert marks(drawn.windows) == drawn.indices.tolist()
+    assert len(set(drawn.indices.tolist())) > 3
 
 
 def test_a_window_that_is_not_drawn_does_not_scale_the_others() -> None:
     priorities = torch.tensor([1e-6, *[1.0] * 7])
     drawn = prioritized(priorities).sample(64)
-    assert 0 not in drawn.index
+    assert 0 not in drawn.indices
     assert drawn.weight.tolist() == [1.0] * 64
 
 
 def test_weights_are_ones_where_drawn_uniformly() -> None:
     drawn = replay_of(alpha=0.0).sample(5, beta=BETA)
     assert drawn.weight.tolist() == [1.0] * 5
-    assert marks(drawn.windows) == drawn.index.tolist()
+    assert marks(drawn.windows) == drawn.indices.tolist()
 
 
 def test_new_windows_have_the_highest_priority_so_far() -> None:
@@ -141,13 +141,13 @@ def test_new_windows_have_the_highest_priority_so_far() -> None:
     replay = prioritized(torch.tensor([0.5, 5.0, 1.0, 2.0]))
     replay.extend(windows(4, 5))  # over 0 and 1
     drawn = replay.sample(256, beta=1.0)
-    by_hand = weights_by_hand(torch.tensor([5.0, 5.0, 1.0, 2.0]), drawn.index)
+    by_hand = weights_by_hand(torch.tensor([5.0, 5.0, 1.0, 2.0]), drawn.indices)
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
-    assert set(drawn.index.tolist()) == {0, 1, 2, 3}
+    assert set(drawn.indices.tolist()) == {0, 1, 2, 3}
     replay.update_priority(torch.tensor([0, 1]), torch.tensor([0.1, 0.1]))
     replay.extend(windows(6))
     drawn = replay.sample(256, beta=1.0)
-    by_hand = weights_by_hand(torch.tensor([0.1, 0.1, 5.0, 2.0]), drawn.index)
+    by_hand = weights_by_hand(torch.tensor([0.1, 0.1, 5.0, 2.0]), drawn.indices)
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
 
 
@@ -155,7 +155,7 @@ def test_new_windows_have_a_priority_of_at_least_one() -> None:
     replay = prioritized(torch.tensor([0.5, 0.25, 0.5, 0.25]))
     replay.extend(windows(4))  # over 0
     drawn = replay.sample(256, beta=1.0)
-    by_hand = weights_by_hand(torch.tensor([1.0, 0.25, 0.5, 0.25]), drawn.index)
+    by_hand = weights_by_hand(torch.tensor([1.0, 0.25, 0.5, 0.25]), drawn.indices)
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
 
 
@@ -163,7 +163,7 @@ def test_a_priority_of_a_window_drawn_twice_is_told_once_or_twice() -> None:
     replay = replay_of(4, 4)
     replay.update_priority(torch.tensor([2, 2, 0]), torch.tensor([3.0, 3.0, 0.5]))
     drawn = replay.sample(64, beta=1.0)
-    by_hand = weights_by_hand(torch.tensor([0.5, 1.0, 3.0, 1.0]), drawn.index)
+    by_hand = weights_by_hand(torch.tensor([0.5, 1.0, 3.0, 1.0]), drawn.indices)
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-5, atol=0)
 
 
@@ -173,7 +173,7 @@ def test_draws_come_from_its_own_random_state() -> None:
         for seed, others in ((1, 1), (1, 2), (2, 1)):
             torch.manual_seed(others)
             np.random.seed(others)
-            draws.append(replay_of(alpha=alpha, seed=seed).sample(50).index.tolist())
+            draws.append(replay_of(alpha=alpha, seed=seed).sample(50).indices.tolist())
         assert draws[0] == draws[1]
         assert draws[0] != draws[2]
 
@@ -260,9 +260,9 @@ def future(replay: WindowReplay) -> list[Any]:
     told: list[Any] = []
     for turn in range(6):
         drawn = replay.sample(9, beta=BETA)
-        told += [drawn.index.tolist(), drawn.weight.tolist(), marks(drawn.windows)]
+        told += [drawn.indices.tolist(), drawn.weight.tolist(), marks(drawn.windows)]
         replay.extend(windows(*range(20 + 3 * turn, 23 + 3 * turn)))
-        replay.update_priority(drawn.index[:2], torch.tensor([0.2 * turn + 0.1] * 2))
+        replay.update_priority(drawn.indices[:2], torch.tensor([0.2 * turn + 0.1] * 2))
     return told
 
 
@@ -316,7 +316,7 @@ def test_it_takes_the_room_of_what_is_stored(tmp_path: Path) -> None:
 def test_another_exponent_applies_to_the_saved_priorities(tmp_path: Path) -> None:
     prioritized().save(tmp_path / "r")
     drawn = loaded(tmp_path / "r", alpha=1.0).sample(64, beta=1.0)
-    by_hand = PRIORITIES[drawn.index].min() / PRIORITIES[drawn.index]
+    by_hand = PRIORITIES[drawn.indices].min() / PRIORITIES[drawn.indices]
     torch.testing.assert_close(drawn.weight, by_hand, rtol=1e-4, atol=0)
 
 

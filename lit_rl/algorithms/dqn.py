@@ -367,7 +367,7 @@ class LitDQN(LitAgent):
             fused = fused_loss if fused_loss is not None and fused_loss.takes(lesson) else None
             predictions = [self._update(batch, fused) for batch in lesson.split(self.batch_size)]
             priority, measured = self.loss.judge(self.agent.head, lesson, predictions)
-            replay.update_priority(drawn.index, priority)
+            replay.update_priority(drawn.indices, priority)
             self._measured.append((updates, measured))
             left -= updates
         self.count_optimizer_steps(self.updates_per_block)

@@ -45,7 +45,7 @@ def milliseconds(replay: WindowReplay, rounds: int) -> np.ndarray:
     for index in range(rounds):
         start = time.perf_counter()
         drawn = replay.sample(BATCH, beta=0.4)
-        replay.update_priority(drawn.index, priorities[index])
+        replay.update_priority(drawn.indices, priorities[index])
         times[index] = time.perf_counter() - start
     return times * 1e3
 

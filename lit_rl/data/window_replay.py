@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     """``[M]``"""
     weight: Tensor
     """Importance weights ``[M]``: ``(p_min / p_i) ** beta``, p_min of those drawn; ones where uniform."""
-    index: Tensor
+    indices: Tensor
     """int64 ``[M]``, for `WindowReplay.update_priority`."""
 
 
