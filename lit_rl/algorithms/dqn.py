@@ -281,8 +281,9 @@ class LitDQN(LitAgent):
             group["weight_decay"] = self.weight_decay
 
     def on_train_end(self) -> None:
-        waited = self.frames - max(self._began_at, self._replay_began + self.learning_starts)
-        if self.trainer.is_global_zero and waited > 0 and not self._learning:
+        is_spent = self._began_at < self.frames and self.frames >= self.total_frames
+        was_due = self._replay_began + self.learning_starts <= self.frames
+        if self.trainer.is_global_zero and is_spent and was_due and not self._learning:
             steps = self.loss.window + self.loss.n_step
             print(f"nothing was learnt: no {steps} steps in a row for a window: lower model.window")
 

@@ -292,7 +292,7 @@ def test_ranks_normalise_together(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("env", [pictures(), EnvConfig("lit_rl/Dict-v0", num_envs=2)], ids=["images", "dict"])
 @pytest.mark.parametrize("trunk", [MLP, partial(LSTM, d_model=8)], ids=["mlp", "lstm"])
 def test_other_observations_are_learnt_from(env: EnvConfig, trunk: Any) -> None:
-    """From a replay on disk, too, where images belong."""
+    """From a replay on disk, where images belong."""
     options = {"window": 4, "n_step": 2, "context": "stored", "latents": True}
     model, _, look, records = train(env, trunk, data={"storage": "disk"}, **options)
     assert model.trainer.global_step > 5
