@@ -441,7 +441,11 @@ def test_what_is_kept_matters() -> None:
 # ------------------------------------------------------------------ other observations
 
 
-@pytest.mark.parametrize("config", [EnvConfig("lit_rl/Dict-v0", num_envs=2), pictures(), counter()], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [EnvConfig("lit_rl/Dict-v0", num_envs=2), pictures(), counter()],
+    ids=["dict", "images", "numbers"],
+)
 def test_observations_of_every_kind(config: EnvConfig) -> None:
     env = Recorder(config.make())
     agent, shape = agent_of(env=env), shape_of(3, lookahead=2, stride=2)
