@@ -363,8 +363,13 @@ def no_room_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", fails)
 
 
+def no_room_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fails)
+
+
 @pytest.mark.parametrize(
-    "fault", [no_room, no_room_for_an_array, no_room_for_priorities, no_room_for_the_end]
+    "fault",
+    [no_room, no_room_for_an_array, no_room_for_priorities, no_room_for_the_end, no_room_after_all],
 )
 def test_a_full_disk_costs_nothing_that_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]

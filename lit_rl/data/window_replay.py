@@ -157,6 +157,8 @@ class WindowReplay:
                 self._buffer.writer.dumps(partial / WRITER)
             files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
             (partial / FORMAT).write_text(json.dumps(self._format(stored) | {"files": files}))
+            for path in _files(partial):  # a disk may have no room for what it has taken, and says so here
+                _sync(path)
             # Of a run that was killed before it could refer to it, or that went on here with an empty replay.
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
@@ -258,6 +260,11 @@ def _read(folder: Path, like: TensorDictBase, count: int, prefix: str = "") -> T
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _mib(size: int) -> str:
