@@ -46,7 +46,7 @@ class Episodes:
     Args:
         env: the batched environment (same-step autoreset, see `lit_rl.envs.vector`).
         agent: acts, on its own device.
-        episodes: how many.
+        episodes: how many; with fewer episodes than processes some have none.
         greedy: take the policy's mode; sample otherwise.
         seed: of the environments' first reset and of sampled actions.
         record: keep every step (`Episode.steps`).
@@ -76,7 +76,8 @@ class Episodes:
         self.context = context
 
     def __len__(self) -> int:
-        return self.episodes
+        """At least 1: where a loader is empty Lightning skips evaluation, and other processes would wait."""
+        return max(1, self.episodes)
 
     def __iter__(self) -> Iterator[Episode]:
         env, agent, E = self.env, self.agent, self.env.num_envs

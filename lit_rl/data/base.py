@@ -59,8 +59,6 @@ class EnvDataModule(L.LightningDataModule):
         evaluation_seed: int = 1_000_000,
     ) -> None:
         super().__init__()
-        # Fewer episodes than processes: some evaluate none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         check_range({"frames_per_epoch": frames_per_epoch, "episodes": episodes}, 1, 2**31 - 1)
         check_range({"seed": seed, "evaluation_seed": evaluation_seed}, 0, 2**31 - 1)
         self.env = env

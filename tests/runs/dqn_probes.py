@@ -11,6 +11,7 @@ import torch
 
 from lit_rl.algorithms.base import random_state
 from lit_rl.algorithms.dqn import LitDQN
+from lit_rl.data.window_replay import Drawn
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -42,6 +43,31 @@ class Snapshots(L.Callback):
             return
         self.folder.mkdir(exist_ok=True)
         torch.save(snapshot(trainer), self.folder / f"{when}_{RANK}.pt")
+
+
+class Drawings(L.Callback):
+    """Writes `FOLDER/rank_N.pt`: the state at the start, every batch that was drawn, the state at the end."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.found: dict[str, Any] = {"drawn": []}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitDQN) -> None:
+        self.found["start"] = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        replay = trainer.datamodule.replay
+        sample = replay.sample
+
+        def sample_and_note(*args: Any, **options: Any) -> Drawn:
+            drawn = sample(*args, **options)
+            self.found["drawn"].append((drawn.windows.to_dict(), drawn.weight))
+            return drawn
+
+        replay.sample = sample_and_note
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: LitDQN) -> None:
+        self.found["end"] = pl_module.state_dict()
+        self.folder.mkdir(exist_ok=True)
+        torch.save(self.found, self.folder / f"rank_{RANK}.pt")
 
 
 def read(folder: str, when: str, rank: int = 0) -> dict[str, Any]:

@@ -171,6 +171,17 @@ def test_evaluation_is_shared(run: Run) -> None:
     assert one["val/return"] == one["val/length"]
 
 
+def test_there_may_be_fewer_episodes_than_processes(tmp_path: Path) -> None:
+    done = launch(tmp_path, [*LIT_RL, *OPTIONS, *DDP, "--episodes=1", probe("found")])
+    assert done.returncode == 0, done.stderr
+    assert [rank["episodes"] for rank in found(tmp_path / "found")] == [2 * 1, 0]  # evaluations, episodes
+    assert done.stdout.count("(1 greedy episodes of CartPole-v1") == 1
+    options = [f"--ckpt_path={LAST}", "--episodes=1", "--output=out", *DDP]
+    done = launch(tmp_path, [*LIT_RL, "predict", *options])
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
 def test_one_process_speaks_and_writes(run: Run) -> None:
     lines = run.done.stdout.splitlines()
     assert sum(line.startswith("evaluation: ") for line in lines) == 1
