@@ -9,10 +9,10 @@ their own. Two resumes from one checkpoint are equal.
 What it does not: simulators cannot be saved, so every environment starts a new episode (other than the
 first ones, seeded by the run's seed and the frame count), and with it memory, the discounted return that
 scales rewards, and the mean return on the progress line start anew. A resumed run is therefore not the
-run that was never interrupted. With more ranks than before, the new ones collect from their own seeds.
-Environments that draw from python's or numpy's global random state (gymnasium's do not) share it with
-training, and their evaluations then disturb it. Steps of an off-policy run that no whole window holds yet are
-not learnt from.
+run that was never interrupted. With more ranks than before, the new ones collect from their own seeds; with
+fewer, the replays of the others are left out. Environments that draw from python's or numpy's global random
+state (gymnasium's do not) share it with training, and their evaluations then disturb it. Steps of an
+off-policy run that no whole window holds yet are not learnt from.
 """
 
 from __future__ import annotations

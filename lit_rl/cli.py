@@ -212,6 +212,11 @@ class LitRLCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """What does not fit together is refused here, before anything is written."""
         self.model.check_precision(self.trainer.precision)
+        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
+            raise UserError(
+                "processes of this strategy keep what became of a run to themselves: set --trainer.strategy "
+                "to ddp"
+            )
         if self.checkpoint is not None:
             self.model.check_checkpoint(self.checkpoint)
         if self.subcommand == "fit":

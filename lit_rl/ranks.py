@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 def is_first() -> bool:
     """Whether this process speaks for all, as launchers tell it before any of them is connected."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
+    return rank == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def gather_list(mine: list[Any]) -> list[Any]:

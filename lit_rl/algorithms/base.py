@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_rl import keys
 from lit_rl.data import EnvDataModule
@@ -170,6 +171,13 @@ class LitAgent(L.LightningModule):
         """Raises `UserError` where the data do not fit the algorithm; called before anything is written."""
 
     # ------------------------------------------------------------------ evaluation: a batch is an episode
+
+    def on_validation_start(self) -> None:
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            # In a first pass, which a sanity check is, processes would exchange buffers that are equal, and
+            # one without an episode would not come.
+            model.require_forward_param_sync = False
 
     def validation_step(self, episode: Episode, batch_idx: int) -> None:
         self._episodes.append(episode)

@@ -69,7 +69,8 @@ class LitDQN(LitAgent):
             are of these, too. A trunk without memory passes over these alone. A trunk's auxiliary loss is of
             the steps that learning passes over.
         n_step: steps to look ahead in the target.
-        batch_size: windows an optimizer step, M.
+        batch_size: windows an optimizer step, M. With several processes each draws so many from a replay of
+            its own, takes the mean over its own steps that count, and gradients are averaged.
         updates_per_block: optimizer steps for each block of collected steps.
         learning_starts: frames before the first optimizer step; a resumed run without its replay waits for as
             many again.
@@ -187,6 +188,11 @@ class LitDQN(LitAgent):
             exploration=exploration,
             acting_window=window if context == "window" else None,
         )
+        if window == 1 and context == "window" and not self.agent.is_memoryless:
+            raise UserError(
+                "with windows of 1 step that begin without memory the trunk has none: set window, or context "
+                "to stored"
+            )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.target.norms = self.agent.norms  # both see what acting sees
         loss_steps = window - burn_in if loss_steps is None else loss_steps

@@ -12,10 +12,10 @@ from gymnasium.vector import VectorEnv
 from tensordict import TensorDict
 
 from lit_rl.envs import EnvConfig
-from lit_rl.errors import check_range
+from lit_rl.errors import UserError, check_range
 from lit_rl.evaluation import Episodes
 from lit_rl.models.agent import Agent
-from lit_rl.ranks import gather_list
+from lit_rl.ranks import gather_list, together
 
 
 class Collector(Protocol):
@@ -90,9 +90,21 @@ class EnvDataModule(L.LightningDataModule):
     def _start(self, collector: Collector) -> None:
         """Makes it the collector of this run; where the run goes on, it does too."""
         self.collector = collector
+        together(self._check_past)
         if self._collector_state is not None:
             collector.load_state_dict(self._collector_state)
             self._collector_state = None
+
+    def _check_past(self) -> None:
+        """Raises `UserError` where processes go on from different checkpoints."""
+        assert self.trainer is not None
+        frames = cast(Any, self.trainer.lightning_module).frames
+        pasts = gather_list([f"{self.trainer.ckpt_path or 'none'} ({frames:,} frames)"])
+        if len(set(pasts)) > 1:
+            raise UserError(
+                f"processes go on from different checkpoints, {' and '.join(dict.fromkeys(pasts))}: give the "
+                "path of one that all of them can read"
+            )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Rollouts go to the learner's device; on the CPU they are there, and looking for it takes time."""

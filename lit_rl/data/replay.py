@@ -240,6 +240,9 @@ class ReplayDataModule(EnvDataModule):
         super().load_state_dict(state_dict)
         assert self.trainer is not None
         if self.load_replay and REPLAY in state_dict:
+            saved, here = len(state_dict["collectors"]), self.trainer.world_size
+            if here < saved and self.trainer.is_global_zero:
+                print(f"{saved} processes have saved a replay: this run has {here} and leaves out the others")
             self._resumed = Path(str(self.trainer.ckpt_path)).resolve().parent / state_dict[REPLAY]
 
     def teardown(self, stage: str) -> None:

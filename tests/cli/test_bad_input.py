@@ -195,6 +195,7 @@ def test_options_that_the_environment_does_not_have(refused_fit, options, messag
         ("--trainer.accelerator=x", "invalid accelerator name"),
         ("--trainer.precision=64-true", "precision 64-true is not supported: use 32-true or bf16-mixed"),
         ("--trainer.strategy=fsdp", "strategy `fsdp` requires a GPU"),
+        ("--trainer.strategy=ddp_spawn", "keep what became of a run to themselves: set --trainer"),
         ("--episodes=x", "episodes takes int, not x"),
         ("--greedy=x", "greedy takes bool, not x"),
         ("--seed_everything=x", "seed_everything takes int, not x"),

@@ -84,6 +84,10 @@ def test_learners_and_data_of_different_kinds(refused):
             "a window of 100 + 101 steps is longer than the replay (200 steps): shorten it or raise",
         ),
         (["--model.burn_in=4"], "burn_in is 4 and the window 4 steps: leave steps to learn from"),
+        (
+            ["--model.window=1", "--model.context=window"],
+            "with windows of 1 step that begin without memory the trunk has none: set window, or context",
+        ),
         (["--model.loss_steps=0"], "loss_steps is 0: it must be from 1 to the 4 steps behind burn_in"),
         (
             ["--model.batch_size=51"],

@@ -172,9 +172,11 @@ def test_evaluation_is_shared(run: Run) -> None:
 
 
 def test_there_may_be_fewer_episodes_than_processes(tmp_path: Path) -> None:
-    done = launch(tmp_path, [*LIT_RL, *OPTIONS, *DDP, "--episodes=1", probe("found")])
+    """A sanity check too, in which DDP would have all of them exchange buffers."""
+    few = ["--episodes=1", "--trainer.num_sanity_val_steps=1"]
+    done = launch(tmp_path, [*LIT_RL, *OPTIONS, *DDP, *few, probe("found")])
     assert done.returncode == 0, done.stderr
-    assert [rank["episodes"] for rank in found(tmp_path / "found")] == [2 * 1, 0]  # evaluations, episodes
+    assert [rank["episodes"] for rank in found(tmp_path / "found")] == [3 * 1, 0]  # evaluations, episodes
     assert done.stdout.count("(1 greedy episodes of CartPole-v1") == 1
     options = [f"--ckpt_path={LAST}", "--episodes=1", "--output=out", *DDP]
     done = launch(tmp_path, [*LIT_RL, "predict", *options])

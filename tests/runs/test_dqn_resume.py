@@ -317,6 +317,7 @@ def test_two_processes_have_a_replay_each() -> None:
     for before, after in zip(first, second, strict=True):
         for key in before["end"]:
             assert dqn_probes.same(after["start"][key], before["end"][key]), key
-    go_on(f"--model.total_frames={TOTAL + 128}", snapshots="alone again")
+    done = go_on(f"--model.total_frames={TOTAL + 128}", snapshots="alone again")
+    assert "2 processes have saved a replay: this run has 1 and leaves out the others" in done.out
     assert dqn_probes.same(dqn_probes.read("alone again", "start")["replay"], second[0]["end"]["replay"])
     assert [path.name for path in (FOLDER / "replay" / f"frames_{TOTAL + 128}").iterdir()] == ["rank_0"]
