@@ -179,6 +179,7 @@ class ReplayDataModule(EnvDataModule):
                 "data.buffer_size": self.buffer_size,
             },
             seed=base_seed(self._rank_seed(self.seed)),  # other numbers than those that explore
+            copies=self.trainer.num_devices,
         )
         going_on = self._collector_state is not None
         self._start(collector)
