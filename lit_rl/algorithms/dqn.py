@@ -188,11 +188,6 @@ class LitDQN(LitAgent):
             exploration=exploration,
             acting_window=window if context == "window" else None,
         )
-        if window == 1 and context == "window" and not self.agent.is_memoryless:
-            raise UserError(
-                "with windows of 1 step that begin without memory the trunk has none: set window, or context "
-                "to stored"
-            )
         self.target = copy.deepcopy(self.agent).requires_grad_(False)
         self.target.norms = self.agent.norms  # both see what acting sees
         loss_steps = window - burn_in if loss_steps is None else loss_steps
@@ -248,10 +243,15 @@ class LitDQN(LitAgent):
         )
 
     def check_data(self, data: L.LightningDataModule) -> None:
-        """Raises `UserError` where the replay of `data` cannot hold the windows."""
+        """Raises `UserError` where the replay of `data` cannot hold the windows, or these give no memory."""
         if not isinstance(data, ReplayDataModule):
             raise UserError(
                 f"LitDQN learns from a replay, not from {type(data).__name__}: use ReplayDataModule"
+            )
+        if self.loss.window == 1 and self.context == "window" and not self.agent.is_memoryless:
+            raise UserError(
+                "with windows of 1 step that begin without memory the trunk has none: set window, or context "
+                "to stored"
             )
         of_priorities = {
             "latent_priority": self.loss.latent_priority,

@@ -247,7 +247,7 @@ def tied(agent: QNetwork) -> None:
 
 
 NOT_FUSED: dict[str, Callable[[], LitDQN]] = {
-    "recurrent": lambda: make(partial(GRU, d_model=9), context="stored"),
+    "recurrent": lambda: make(partial(GRU, d_model=9)),
     "silu": lambda: make(partial(MLP, d_model=9, activation="silu")),
     "dueling": lambda: make(head=partial(ExpectedQ, dueling=True)),
     "hidden layer": lambda: make(head=partial(ExpectedQ, hidden=5)),
