@@ -53,8 +53,8 @@ class WindowReplay:
             this object.
         made_with: options that windows were cut out with; a replay of others is not loaded.
         seed: of the random state that draws.
-        copies: how many of its kind share memory and disk, one in each process of a machine; room is asked
-            for all of them.
+        copies: how many such rings share memory and disk, one in each process of a machine; there must be
+            room for all of them before the first fills.
     """
 
     def __init__(
@@ -106,16 +106,16 @@ class WindowReplay:
 
     def _require_room(self, windows: TensorDictBase) -> None:
         need = windows[0].bytes() * self.capacity * self.copies
-        needs = f"{'the replay needs' if self.copies == 1 else f'{self.copies} replays need'} {_mib(need)}"
         if self._scratch is None:
             if not _fits_memory(need):
                 raise UserError(
-                    f"{needs} of memory, which are not free: lower buffer_size, or set --data.storage disk"
+                    f"the replay needs {_mib(need)} of memory, which are not free: lower buffer_size, or set "
+                    "--data.storage disk"
                 )
         elif shutil.disk_usage(self._scratch.name).free < need:  # see `save`
             raise UserError(
-                f"{needs} at {self._scratch.name}, which are not free: make room, lower buffer_size, or set "
-                "TMPDIR to another disk"
+                f"the replay needs {_mib(need)} at {self._scratch.name}, which are not free: make room, "
+                "lower buffer_size, or set TMPDIR to another disk"
             )
 
     def sample(self, size: int, *, beta: float = 1.0) -> Drawn:
@@ -151,7 +151,6 @@ class WindowReplay:
             partial.mkdir(parents=True)
             stored = self._stored()
             need = 2**20 + 16 * self.capacity + (0 if stored is None else stored.bytes())
-            need *= self.copies
             if shutil.disk_usage(partial).free < need:  # a memory map that finds no room kills the process
                 raise OSError(f"{_mib(need)} are needed and not free")
             np.save(partial / RANDOM_STATE, self._generator.get_state().numpy())
