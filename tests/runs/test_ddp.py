@@ -1,6 +1,5 @@
 """Two processes on the CPU train one agent."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 from cli_helpers import CARTPOLE
 from helpers import make_trainer
+from processes import DDP, LIT_RL, distance, found, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensordict import TensorDict
 
@@ -49,8 +49,6 @@ OPTIONS = [
     "--model.value_trunk=shared",
     *(f"--model.{key}={value}".replace("True", "true") for key, value in LEARNING.items()),
 ]
-DDP = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-LIT_RL = [sys.executable, "-m", "lit_rl"]
 LAST = Path("logs/it/version_0/checkpoints/last.ckpt")
 
 
@@ -58,23 +56,10 @@ def probe(folder: str) -> str:
     return f"--trainer.callbacks=[{{class_path: probes.Probe, init_args: {{folder: {folder}}}}}]"
 
 
-def launch(folder: Path, command: list[Any]) -> subprocess.CompletedProcess:
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def found(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 class Run:
@@ -129,10 +114,6 @@ def learn_alone(start: dict[str, torch.Tensor], rollout: TensorDict) -> dict[str
     model.load_state_dict(start)
     make_trainer(max_epochs=1).fit(model, data)
     return model.state_dict()
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
 def test_an_update_is_that_of_one_process_with_all_data(run: Run) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import small
+from processes import DDP, LIT_RL, distance, found, launch
 from tensordict import TensorDict
-from test_ddp import DDP, LIT_RL, distance, found, launch
 
 from lit_rl.algorithms import LitDQN
 from lit_rl.data.window_replay import Drawn

@@ -1,15 +1,13 @@
 """DQN runs that are stopped and go on: the replay comes back with everything else."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import dqn_probes
 import pytest
 from cli_helpers import Done, run, shown_at
+from processes import DDP, LIT_RL, launch
 
 from lit_rl import checkpoints
 
@@ -282,19 +280,11 @@ def test_another_name_is_another_run() -> None:
     )
 
 
-def launch(name: str, frames: int) -> list[dict[str, dict[str, Any]]]:
+def with_two(name: str, frames: int) -> list[dict[str, dict[str, Any]]]:
     """Goes on with two processes up to so many frames: what each was like at the start and at the end."""
-    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])
     callbacks = f"[{{class_path: dqn_probes.Snapshots, init_args: {{folder: {name}}}}}]"
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.callbacks={callbacks}"]
-    options += [f"--model.total_frames={frames}", "--ckpt_path=last"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_rl", *OPTIONS, *options],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = [f"--trainer.callbacks={callbacks}", f"--model.total_frames={frames}", "--ckpt_path=last"]
+    done = launch(Path.cwd(), [*LIT_RL, *OPTIONS, *DDP, *options])
     assert done.returncode == 0, done.stderr
     assert replays() == [f"frames_{frames}"]
     folders = sorted(path.name for path in (FOLDER / "replay" / f"frames_{frames}").iterdir())
@@ -305,7 +295,7 @@ def launch(name: str, frames: int) -> list[dict[str, dict[str, Any]]]:
 def test_two_processes_have_a_replay_each() -> None:
     """A new process begins with an empty one; each gets its own back; one alone takes the first."""
     assert fit(snapshots="alone").code == 0
-    first = launch("first", TOTAL + 64)
+    first = with_two("first", TOTAL + 64)
     assert dqn_probes.same(first[0]["start"]["replay"], dqn_probes.read("alone", "end")["replay"])
     assert first[1]["start"]["windows"] == 0
     ends = [rank["end"] for rank in first]
@@ -313,7 +303,7 @@ def test_two_processes_have_a_replay_each() -> None:
     for key in ("replay", "drawing", "exploring"):
         assert not dqn_probes.same(ends[0][key], ends[1][key]), key
     assert dqn_probes.same(ends[0]["weights"], ends[1]["weights"])
-    second = launch("second", TOTAL + 96)
+    second = with_two("second", TOTAL + 96)
     for before, after in zip(first, second, strict=True):
         for key in before["end"]:
             assert dqn_probes.same(after["start"][key], before["end"][key]), key
